@@ -1,0 +1,1 @@
+"""The commands of ``lightning-prune``: parse, call, print."""

@@ -1,0 +1,188 @@
+"""What a model costs: flops and parameters, counted in eval mode for one sample.
+
+`flops` is what fvcore counts: one multiply-accumulate is one flop. `count` runs fvcore on a model. `CostModel` says by
+arithmetic, from the shapes of one trace, what fvcore would count after a cut, to the unit.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from lightning_prune.errors import TraceError
+from lightning_prune.graph.trace import as_call, place, samples, undisturbed
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one sample costs in eval mode.
+
+    Attributes:
+        flops: fvcore's count, one multiply-accumulate is one flop.
+        params: number of parameters, shared ones once.
+        by_layer: module path -> operator -> flops. Operators are fvcore's names ("conv", "linear", "batch_norm", ...).
+    """
+
+    flops: int
+    params: int
+    by_layer: Mapping[str, Mapping[str, int]]
+
+    @property
+    def conv_linear_flops(self) -> int:
+        """Flops of convolutions and linear layers alone, which most papers print."""
+        return sum(n for row in self.by_layer.values() for op, n in row.items() if op in ("conv", "linear"))
+
+
+def count(model: nn.Module, example_inputs: Any) -> Cost:
+    """Count a model with fvcore, in eval mode for one sample; nothing about the model changes.
+
+    Args:
+        model: any module.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword inputs, on any device. Of tensors that
+            share their first dimension the first sample is used.
+
+    Raises:
+        TraceError: if the model does not run on the example inputs.
+    """
+    args, kwargs = as_call(samples(place(example_inputs, model), 1))
+    with undisturbed(model), _quiet(), torch.enable_grad():
+        model.eval()
+        wrapped = _Keywords(model, tuple(kwargs)) if kwargs else model
+        analysis = _analysis(wrapped, (*args, *kwargs.values()))
+        try:
+            total = int(analysis.total())
+            layers = analysis.by_module_and_operator()
+        except Exception as error:
+            raise TraceError(
+                f"{type(model).__name__} cannot be counted on the example input: {type(error).__name__}: {error}"
+            ) from error
+    prefix = "model." if kwargs else ""
+    by_layer = {
+        name.removeprefix(prefix): {op: int(n) for op, n in row.items()}
+        for name, row in _leaves(layers).items()
+        if row
+    }
+    return Cost(total, sum(p.numel() for p in model.parameters()), by_layer)
+
+
+def _leaves(layers: Mapping[str, Mapping[str, float]]) -> dict[str, Counter[str]]:
+    """Each module's own operators: what its children count is taken off."""
+    own = {name: Counter({op: int(n) for op, n in row.items()}) for name, row in layers.items()}
+    for name, row in layers.items():
+        if name:
+            parent = name.rpartition(".")[0]
+            while parent not in own and parent:
+                parent = parent.rpartition(".")[0]
+            own[parent].subtract({op: int(n) for op, n in row.items()})
+    return {name: +row for name, row in own.items()}
+
+
+class _Keywords(nn.Module):
+    """fvcore takes positional inputs alone."""
+
+    def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.model = model
+        self.names = names
+
+    def forward(self, *values: Any) -> Any:
+        return self.model(**dict(zip(self.names, values, strict=True)))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """fvcore and the tracer it uses warn of every operator they do not count."""
+    loggers = [logging.getLogger(name) for name in ("fvcore.nn.jit_analysis", "fvcore")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def _analysis(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
+    from fvcore.nn import FlopCountAnalysis
+
+    analysis = FlopCountAnalysis(model, inputs)
+    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    for operator in _ATTENTION:
+        analysis.set_op_handle(operator, attention_flops)
+    return analysis
+
+
+_ATTENTION = (
+    "aten::scaled_dot_product_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+)
+
+
+def attention_flops(inputs: Sequence[Any], outputs: Sequence[Any]) -> Counter[str]:
+    """Flops of scaled dot-product attention: the two matrix products it stands for.
+
+    A handle for `fvcore.nn.FlopCountAnalysis.set_op_handle`.
+    """
+    query, key, value = (v.type().sizes() for v in inputs[:3])
+    products = int(np.prod(query[:-1], dtype=np.int64)) * key[-2]
+    return Counter({"attention": products * (query[-1] + value[-1])})
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Flops and parameters as a function of how many channels each group keeps.
+
+    A size is linear in the channels kept: ``sizes = base + per_group @ kept``. A term is its coefficient times the
+    product of the sizes it names.
+
+    Attributes:
+        base: (S,), the part of each size that no group changes. Size 0 is always 1.
+        per_group: (S, G), indices of each size per channel of each group.
+        dense: (G,), channels of each group.
+        flop_coefficients, flop_sizes: (T,), (T, K): terms of the flops; unused places name size 0.
+        param_coefficients, param_sizes: likewise, one term per parameter.
+        labels: per flop term (module path, operator).
+    """
+
+    base: NDArray[np.int64]
+    per_group: NDArray[np.int64]
+    dense: NDArray[np.int64]
+    flop_coefficients: NDArray[np.int64]
+    flop_sizes: NDArray[np.int64]
+    param_coefficients: NDArray[np.int64]
+    param_sizes: NDArray[np.int64]
+    labels: Sequence[tuple[str, str]]
+
+    def flops_and_params(self, kept: NDArray[np.int64]) -> tuple[int, int]:
+        """The two totals, for (G,) channels kept per group."""
+        sizes = self.base + self.per_group @ kept
+        return (
+            int((self.flop_coefficients * sizes[self.flop_sizes].prod(axis=1)).sum()),
+            int((self.param_coefficients * sizes[self.param_sizes].prod(axis=1)).sum()),
+        )
+
+    def cost(self, kept: NDArray[np.int64] | None = None) -> Cost:
+        """The whole cost, by layer, for (G,) channels kept per group; of the dense model by default."""
+        kept = self.dense if kept is None else kept
+        sizes = self.base + self.per_group @ kept
+        flops = self.flop_coefficients * sizes[self.flop_sizes].prod(axis=1)
+        by_layer: dict[str, Counter[str]] = {}
+        for (module, operator), n in zip(self.labels, flops.tolist(), strict=True):
+            by_layer.setdefault(module, Counter())[operator] += n
+        return Cost(*self.flops_and_params(kept), by_layer)

@@ -1,0 +1,713 @@
+"""Records -> groups: which coordinates go together, what may go, and what a choice would cost.
+
+Coordinates joined by an edge are one *channel*. Channels that touch the same dimensions of the same parameters, each as
+often, are a *group*; ranking chooses among the channels of a group, or of all groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor, nn
+
+from lightning_prune.cost import Cost, CostModel
+from lightning_prune.decision import Plan
+from lightning_prune.graph.labels import Dim, Ids, full
+from lightning_prune.graph.trace import LayerRecord, Records, Slot, record
+
+
+@dataclass(frozen=True)
+class Member:
+    """The part a parameter has in a group.
+
+    Attributes:
+        name: qualified name of the parameter or buffer.
+        dim: which of its dimensions.
+        indices: (C, M): for each channel of the group, the indices of that dimension it stands for.
+        is_buffer: whether it is a buffer.
+    """
+
+    name: str
+    dim: int
+    indices: Tensor
+    is_buffer: bool
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Scale and shift of a norm over a group's channels: parameter names, with (C,) indices into them."""
+
+    gamma: str
+    beta: str | None
+    indices: Tensor
+
+
+@dataclass(frozen=True)
+class Producer:
+    """A layer whose output axis carries a group's channels.
+
+    Attributes:
+        name: module path.
+        weight, bias: parameter names; bias may be None.
+        dim: axis of the weight that makes channels.
+        indices: (C,) index of each channel on that axis.
+        norms: norms whose scale gates these channels: the one that follows directly, else those of all readers.
+        gated: whether such a norm follows directly.
+    """
+
+    name: str
+    weight: str
+    bias: str | None
+    dim: int
+    indices: Tensor
+    norms: tuple[Norm, ...] = ()
+    gated: bool = False
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """A layer whose input axis carries a group's channels: (C, M) ``indices`` on axis ``dim`` of its weight."""
+
+    name: str
+    weight: str
+    dim: int
+    indices: Tensor
+
+
+@dataclass(frozen=True)
+class Group:
+    """Channels that can be chosen among: channel i goes as a whole, in every member.
+
+    Attributes:
+        name: module path of the first producer.
+        size: number of channels, C.
+        members: every parameter and buffer dimension that carries them.
+        producers: layers that make them, in data-flow order.
+        consumers: layers that read them.
+        exact: whether a cut computes what zeroing computes.
+        inexact_because: why not, if not.
+    """
+
+    name: str
+    size: int
+    members: tuple[Member, ...]
+    producers: tuple[Producer, ...]
+    consumers: tuple[Consumer, ...]
+    exact: bool = True
+    inexact_because: str = ""
+
+    def __repr__(self) -> str:
+        return f"Group({self.name!r}, size={self.size}, exact={self.exact})"
+
+
+@dataclass(frozen=True)
+class Resized:
+    """A module attribute that has to follow: its value is ``base + per_group @ kept``, in units of ``divisor``."""
+
+    module: str
+    attribute: str
+    index: int  # into CostModel sizes
+
+
+@dataclass
+class ChannelGraph:
+    """What may be cut out of a model, and at what saving.
+
+    Attributes:
+        model: the traced model.
+        example_inputs: what it was traced on.
+        groups: what may go, in data-flow order.
+        frozen: parameter or layer -> why its channels may not go.
+        costs: flops and parameters by arithmetic.
+        suspects: groups whose size the model's own code may hold as a number, before that is tried.
+        resized: module attributes that follow a cut.
+        shapes: shapes of parameters and buffers when traced.
+        has_training_branch: whether layers run in train mode that do not in eval mode (auxiliary heads).
+    """
+
+    model: nn.Module
+    example_inputs: Any
+    groups: tuple[Group, ...]
+    frozen: dict[str, str]
+    costs: CostModel
+    suspects: frozenset[str]
+    resized: tuple[Resized, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+    has_training_branch: bool = False
+    _by_name: dict[str, int] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._by_name = {group.name: i for i, group in enumerate(self.groups)}
+
+    def group(self, name: str) -> Group:
+        """A group by its name."""
+        return self.groups[self._by_name[name]]
+
+    # -- plans --------------------------------------------------------------------------------------------------------
+
+    def plan(self, keep: Mapping[str, Tensor]) -> Plan:
+        """A plan that keeps the given channels.
+
+        Args:
+            keep: group name -> (C,) bool, True = keep. Groups left out keep everything.
+
+        Raises:
+            ValueError: for an unknown group, a mask of another shape, or a group left without a channel.
+        """
+        kept: dict[str, dict[int, Tensor]] = {}
+        buffers: dict[str, dict[int, Tensor]] = {}
+        removed: dict[tuple[str, int, bool], list[Tensor]] = {}
+        counts = self.costs.dense.copy()
+        groups: dict[str, tuple[int, int]] = {}
+        for name, mask in keep.items():
+            if name not in self._by_name:
+                raise ValueError(f"no group {name!r}; groups are {', '.join(self._by_name)}")
+            group = self.group(name)
+            mask = mask.detach().cpu()
+            if mask.dtype != torch.bool or mask.shape != (group.size,):
+                raise ValueError(
+                    f"group {name!r} wants a bool mask of shape ({group.size},), got {mask.dtype} {tuple(mask.shape)}"
+                )
+            if not mask.any():
+                raise ValueError(f"group {name!r} would be left without a channel")
+            counts[self._by_name[name]] = int(mask.sum())
+            groups[name] = (int(mask.sum()), group.size)
+            if mask.all():
+                continue
+            for member in group.members:
+                removed.setdefault((member.name, member.dim, member.is_buffer), []).append(
+                    member.indices[~mask].reshape(-1)
+                )
+        shapes: dict[str, tuple[int, ...]] = {}
+        for (name, dim, is_buffer), gone in removed.items():
+            alive = torch.ones(self.shapes[name][dim], dtype=torch.bool)
+            alive[torch.cat(gone)] = False
+            if not alive.any():
+                raise ValueError(f"{name!r} would be left without an index in dimension {dim}")
+            (buffers if is_buffer else kept).setdefault(name, {})[dim] = alive.nonzero().squeeze(1)
+            shapes[name] = self.shapes[name]
+        return Plan(kept=kept, buffers=buffers, shapes=shapes, attributes=self._attributes(counts), groups=groups)
+
+    def _attributes(self, counts: NDArray[np.int64]) -> dict[str, dict[str, int | tuple[int, ...]]]:
+        before = self.costs.base + self.costs.per_group @ self.costs.dense
+        after = self.costs.base + self.costs.per_group @ counts
+        out: dict[str, dict[str, int | tuple[int, ...]]] = {}
+        for entry in self.resized:
+            if before[entry.index] != after[entry.index]:
+                size = int(after[entry.index])
+                tupled = entry.attribute == "normalized_shape"
+                out.setdefault(entry.module, {})[entry.attribute] = (size,) if tupled else size
+        return out
+
+    def counts(self, plan: Plan) -> NDArray[np.int64]:
+        """(G,) channels of each group that a plan keeps."""
+        counts = self.costs.dense.copy()
+        for i, group in enumerate(self.groups):
+            if group.name in plan.groups:
+                counts[i] = plan.groups[group.name][0]
+        return counts
+
+    def cost(self, plan: Plan | None = None) -> Cost:
+        """What the model would cost once a plan is applied; now, without one. Equals fvcore's count of the cut model."""
+        return self.costs.cost(None if plan is None else self.counts(plan))
+
+    @property
+    def prunable_share(self) -> float:
+        """Share of all parameters with at least one coordinate that may go."""
+        touched: dict[str, Tensor] = {}
+        for group in self.groups:
+            for member in group.members:
+                if member.is_buffer:
+                    continue
+                mask = touched.setdefault(member.name, torch.zeros(self.shapes[member.name], dtype=torch.bool))
+                mask.movedim(member.dim, 0)[member.indices.reshape(-1)] = True
+        return sum(int(m.sum()) for m in touched.values()) / max(1, self.costs.flops_and_params(self.costs.dense)[1])
+
+    def without(self, names: Mapping[str, str]) -> ChannelGraph:
+        """The same graph with some groups frozen: group name -> reason."""
+        stay = [i for i, group in enumerate(self.groups) if group.name not in names]
+        gone = [i for i, group in enumerate(self.groups) if group.name in names]
+        costs = self.costs
+        base = costs.base + costs.per_group[:, gone] @ costs.dense[gone]
+        reduced = CostModel(
+            base,
+            costs.per_group[:, stay],
+            costs.dense[stay],
+            costs.flop_coefficients,
+            costs.flop_sizes,
+            costs.param_coefficients,
+            costs.param_sizes,
+            costs.labels,
+        )
+        return ChannelGraph(
+            self.model,
+            self.example_inputs,
+            tuple(self.groups[i] for i in stay),
+            {**self.frozen, **names},
+            reduced,
+            self.suspects - set(names),
+            self.resized,
+            self.shapes,
+            self.has_training_branch,
+        )
+
+    # -- words --------------------------------------------------------------------------------------------------------
+
+    def explain(self) -> str:
+        """Per group what goes together and what it is worth; then what is frozen, and why."""
+        dense = self.costs.flops_and_params(self.costs.dense)
+        lines = [
+            f"{len(self.groups)} groups, {self.prunable_share:.1%} of {dense[1]:,} parameters can go in part; "
+            f"{dense[0]:,} flops for one sample"
+        ]
+        for i, group in enumerate(self.groups):
+            fewer = self.costs.dense.copy()
+            fewer[i] -= 1
+            flops, params = self.costs.flops_and_params(fewer)
+            note = "" if group.exact else f"; inexact: {group.inexact_because}"
+            note += "; proved when first cut: its size may be held in code" if group.name in self.suspects else ""
+            lines.append(
+                f"  {group.name}: {group.size} channels, each {dense[0] - flops:,} flops and {dense[1] - params:,} "
+                f"parameters{note}"
+            )
+            lines.append("      " + ", ".join(f"{m.name}[{m.dim}]" for m in group.members if not m.is_buffer))
+        if self.frozen:
+            lines.append("frozen:")
+            lines += [f"  {name}: {why}" for name, why in self.frozen.items()]
+        return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
+    """Trace a model and find what may be cut out of it.
+
+    Args:
+        model: any module that runs on the example inputs. Its mode, buffers, gradients, hooks and the random state are
+            left as they were.
+        example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs, on any device.
+
+    Returns:
+        The graph. It may have no groups; `ChannelGraph.frozen` then says why.
+
+    Raises:
+        TraceError: if the model does not run on the example inputs.
+    """
+    return build(model, example_inputs, record(model, example_inputs))
+
+
+def build(model: nn.Module, example_inputs: Any, records: Records) -> ChannelGraph:
+    """Records -> graph: components, what is frozen, groups, and costs."""
+    component = _components(records)
+    count = int(component.max()) + 1 if len(component) else 0
+    slot_of = np.repeat(np.arange(len(records.slots)), [s.size for s in records.slots])
+    reasons = _reasons(records, component, count)
+    free = np.ones(count, dtype=bool)
+    free[list(reasons)] = False
+
+    index = _Index(records, component, slot_of, free)
+    names, unit_group, unit_place, unit_components = _grouped_units(index, records)
+    groups, suspects = _groups(index, records, names, unit_group, unit_place, unit_components)
+    costs, resized = _costs(model, records, component, unit_group, len(groups), unit_components)
+    return ChannelGraph(
+        model,
+        example_inputs,
+        tuple(groups),
+        _frozen_names(records, component, slot_of, reasons, free),
+        costs,
+        frozenset(suspects),
+        tuple(resized),
+        {name: tuple(t.shape) for named in (model.named_parameters(), model.named_buffers()) for name, t in named},
+        records.has_training_branch,
+    )
+
+
+def _components(records: Records) -> Ids:
+    if not records.edges:
+        return np.arange(records.size, dtype=np.int64)
+    left = np.concatenate([a for a, _ in records.edges])
+    right = np.concatenate([b for _, b in records.edges])
+    graph = coo_array((np.ones(len(left), dtype=np.int8), (left, right)), shape=(records.size, records.size))
+    return connected_components(graph, directed=False)[1].astype(np.int64)
+
+
+def _reasons(records: Records, component: Ids, count: int) -> dict[int, str]:
+    """Frozen component -> the first reason."""
+    reasons: dict[int, str] = {}
+    for ids, why in records.frozen:
+        for c in np.unique(component[ids]).tolist():
+            reasons.setdefault(c, why)
+    for slot in records.slots:
+        if slot.name not in records.touched:
+            for c in np.unique(component[slot.offset : slot.offset + slot.size]).tolist():
+                reasons.setdefault(c, f"the example input did not reach '{slot.name}'")
+    return reasons
+
+
+class _Index:
+    """Look-ups over coordinates: component, slot, and place in the slot."""
+
+    def __init__(self, records: Records, component: Ids, slot_of: Ids, free: NDArray[np.bool_]) -> None:
+        self.slots = records.slots
+        self.component = component
+        self.slot_of = slot_of
+        self.free = free
+        self.offsets = np.array([s.offset for s in records.slots], dtype=np.int64)
+
+    def slot(self, ids: Ids) -> Slot | None:
+        """The slot all these coordinates are of, if it is one."""
+        at = self.slot_of[ids]
+        return self.slots[int(at[0])] if len(at) and (at == at[0]).all() else None
+
+
+def _grouped_units(
+    index: _Index, records: Records
+) -> tuple[int, NDArray[np.int64], NDArray[np.int64], list[NDArray[np.int64]]]:
+    """Components that touch the same slots, and the same sizes of traced tensors, equally often are one group.
+
+    Returns:
+        number of groups; per component its group (-1: none) and its place in it; per group its components in order.
+    """
+    count = len(index.free)
+    rng = np.random.default_rng(0)
+    coordinate_hash = rng.integers(1, 2**63, size=len(index.slots), dtype=np.uint64)
+    signature = np.zeros(count, dtype=np.uint64)
+    np.add.at(signature, index.component, coordinate_hash[index.slot_of])
+    seen: dict[int, None] = {}
+    for ids in _arrays(records):
+        if id(ids) in seen:
+            continue
+        seen[id(ids)] = None
+        known = ids[ids >= 0]
+        np.add.at(signature, index.component[known], rng.integers(1, 2**63, dtype=np.uint64))
+    first = np.full(count, np.iinfo(np.int64).max, dtype=np.int64)
+    np.minimum.at(first, index.component, np.arange(len(index.component)))
+    group = np.full(count, -1, dtype=np.int64)
+    place = np.full(count, -1, dtype=np.int64)
+    components: list[NDArray[np.int64]] = []
+    candidates = np.flatnonzero(index.free)
+    candidates = candidates[np.argsort(first[candidates], kind="stable")]
+    by_signature: dict[int, list[int]] = {}
+    for c, s in zip(candidates.tolist(), signature[candidates].tolist(), strict=True):
+        by_signature.setdefault(s, []).append(c)
+    for members in by_signature.values():
+        if len(members) == 1:  # a lone channel cannot go: its layer would be left without one
+            continue
+        array = np.array(members, dtype=np.int64)
+        group[array] = len(components)
+        place[array] = np.arange(len(array))
+        components.append(array)
+    return len(components), group, place, components
+
+
+def _arrays(records: Records) -> Iterable[Ids]:
+    for term in records.terms:
+        for dim in term.dims:
+            for _, ids in dim:
+                if ids is not None:
+                    yield ids
+
+
+def _groups(
+    index: _Index,
+    records: Records,
+    count: int,
+    unit_group: NDArray[np.int64],
+    unit_place: NDArray[np.int64],
+    components: Sequence[NDArray[np.int64]],
+) -> tuple[list[Group], set[str]]:
+    members = _members(index, unit_group, unit_place, components)
+    producers: list[list[Producer]] = [[] for _ in range(count)]
+    followers: list[list[Producer]] = [[] for _ in range(count)]
+    consumers: list[list[Consumer]] = [[] for _ in range(count)]
+    norms, direct, layer_module = _norms(index, records, unit_group, unit_place, components)
+    seen: set[tuple[int, str]] = set()
+    for number, layer in enumerate(records.layers):
+        if layer.kind == "norm":
+            continue
+        for g, positions in _split_by_group(index, unit_group, layer.out):
+            producer = _producer(index, layer, g, positions, unit_place, components)
+            if producer is None or (g, producer.weight) in seen:
+                continue
+            seen.add((g, producer.weight))
+            own = tuple(direct.get((number, g), ()))
+            producer = Producer(
+                producer.name, producer.weight, producer.bias, producer.dim, producer.indices, own, bool(own)
+            )
+            (followers if layer.depthwise else producers)[g].append(producer)
+    read: set[tuple[int, str]] = set()
+    for layer in records.layers:
+        if layer.into is None or layer.weight is None:
+            continue
+        slots = [s for s in index.slots if s.name == layer.weight]
+        made = index.slot(layer.out[layer.out >= 0])
+        for slot in slots:
+            if made is not None and slot.name == made.name and slot.dim == made.dim:
+                continue
+            ids = np.arange(slot.offset, slot.offset + slot.size)
+            for g, positions in _split_by_group(index, unit_group, ids):
+                if (g, layer.weight) in read:
+                    continue
+                read.add((g, layer.weight))
+                table = _table(index.component[ids[positions]], positions, unit_place, len(components[g]))
+                if table is not None:
+                    consumers[g].append(Consumer(layer.module, layer.weight, slot.dim, table))
+    out: list[Group] = []
+    used: dict[str, int] = {}
+    suspects: set[str] = set()
+    suspicious = np.zeros(len(index.free), dtype=bool)
+    for ids in records.suspect:
+        suspicious[index.component[ids]] = True
+    inexact: dict[int, str] = {}
+    for ids, why in records.inexact:
+        for c in np.unique(index.component[ids]).tolist():
+            inexact.setdefault(c, why)
+    for g in range(count):
+        made_by = producers[g] or followers[g]
+        made_by = _with_reader_norms(made_by, norms[g])
+        name = made_by[0].name if made_by else members[g][0].name.rpartition(".")[0] or members[g][0].name
+        used[name] = used.get(name, 0) + 1
+        name = name if used[name] == 1 else f"{name}:{used[name]}"
+        why = next((inexact[c] for c in components[g].tolist() if c in inexact), "")
+        if suspicious[components[g]].any():
+            suspects.add(name)
+        out.append(
+            Group(name, len(components[g]), tuple(members[g]), tuple(made_by), tuple(consumers[g]), not why, why)
+        )
+    return out, suspects
+
+
+def _with_reader_norms(producers: list[Producer], readers: list[Norm]) -> list[Producer]:
+    """Where no norm follows a producer directly, the norms of its readers gate its channels (pre-activation nets).
+
+    They see the sum of all such producers, so they are counted once, with the first.
+    """
+    bare = [i for i, p in enumerate(producers) if not p.gated]
+    if not bare or not readers:
+        return producers
+    own = {norm.gamma for p in producers for norm in p.norms}
+    left = tuple(norm for norm in readers if norm.gamma not in own)
+    if not left:
+        return producers
+    out = list(producers)
+    for i in bare:
+        p = out[i]
+        out[i] = Producer(p.name, p.weight, p.bias, p.dim, p.indices, left if i == bare[0] else (), i != bare[0])
+    return out
+
+
+def _split_by_group(index: _Index, unit_group: NDArray[np.int64], ids: Ids) -> list[tuple[int, Ids]]:
+    """Positions of a label array, by group; those of frozen channels left out."""
+    known = np.flatnonzero(ids >= 0)
+    groups = unit_group[index.component[ids[known]]]
+    return [(int(g), known[groups == g]) for g in np.unique(groups) if g >= 0]
+
+
+def _table(component: Ids, positions: Ids, unit_place: NDArray[np.int64], size: int) -> Tensor | None:
+    """(C, M): the positions of each channel, in the group's order; None if channels differ in how many they have."""
+    places = unit_place[component]
+    order = np.argsort(places, kind="stable")
+    if len(positions) % size:
+        return None
+    table = positions[order].reshape(size, -1)
+    if not (places[order].reshape(size, -1) == np.arange(size)[:, None]).all():
+        return None
+    return torch.from_numpy(table.copy())
+
+
+def _members(
+    index: _Index,
+    unit_group: NDArray[np.int64],
+    unit_place: NDArray[np.int64],
+    components: Sequence[NDArray[np.int64]],
+) -> list[list[Member]]:
+    members: list[list[Member]] = [[] for _ in components]
+    for slot in index.slots:
+        ids = np.arange(slot.offset, slot.offset + slot.size)
+        for g, positions in _split_by_group(index, unit_group, ids):
+            table = _table(index.component[ids[positions]], positions, unit_place, len(components[g]))
+            assert table is not None, f"channels of one group differ in {slot.name}[{slot.dim}]"
+            members[g].append(Member(slot.name, slot.dim, table, slot.is_buffer))
+    return members
+
+
+def _producer(
+    index: _Index,
+    layer: LayerRecord,
+    g: int,
+    positions: Ids,
+    unit_place: NDArray[np.int64],
+    components: Sequence[NDArray[np.int64]],
+) -> Producer | None:
+    ids = layer.out[positions]
+    slot = index.slot(ids)
+    if slot is None or layer.weight is None:
+        return None
+    if slot.name != layer.weight:
+        slot = next((s for s in index.slots if s.name == layer.weight and s.size == len(layer.out)), None)
+        if slot is None:
+            return None
+        places = positions
+    else:
+        places = ids - slot.offset
+    order = np.argsort(unit_place[index.component[ids]], kind="stable")
+    if len(order) % len(components[g]):
+        return None
+    step = len(order) // len(components[g])
+    indices = torch.from_numpy(places[order].reshape(-1, step).copy())
+    return Producer(layer.module, layer.weight, layer.bias, slot.dim, indices)
+
+
+def _norms(
+    index: _Index,
+    records: Records,
+    unit_group: NDArray[np.int64],
+    unit_place: NDArray[np.int64],
+    components: Sequence[NDArray[np.int64]],
+) -> tuple[list[list[Norm]], dict[tuple[int, int], list[Norm]], None]:
+    """Norms over each group, and those that follow a layer directly: (record number, group) -> norms."""
+    slots = {s.name: s for s in index.slots if s.dim == 0}
+    by_group: list[list[Norm]] = [[] for _ in components]
+    direct: dict[tuple[int, int], list[Norm]] = {}
+    seen: set[tuple[int, str]] = set()
+    for layer in records.layers:
+        if layer.kind != "norm" or layer.weight is None:
+            continue
+        slot = slots[layer.weight]
+        ids = np.arange(slot.offset, slot.offset + slot.size)
+        for g, positions in _split_by_group(index, unit_group, ids):
+            if (g, layer.weight) in seen:
+                continue
+            seen.add((g, layer.weight))
+            table = _table(index.component[ids[positions]], positions, unit_place, len(components[g]))
+            if table is None:
+                continue
+            norm = Norm(layer.weight, layer.bias, table)
+            by_group[g].append(norm)
+            if layer.source is not None:
+                direct.setdefault((layer.source, g), []).append(norm)
+    return by_group, direct, None
+
+
+def _frozen_names(
+    records: Records, component: Ids, slot_of: Ids, reasons: Mapping[int, str], free: NDArray[np.bool_]
+) -> dict[str, str]:
+    """Layers whose output channels are frozen, and parameters that nothing reached -> the reason."""
+    out: dict[str, str] = {}
+    for layer in records.layers:
+        if layer.kind == "norm":
+            continue
+        ids = layer.out[layer.out >= 0]
+        stuck = component[ids][~free[component[ids]]]
+        if len(stuck) == len(ids) and len(ids):
+            out.setdefault(layer.module or layer.weight or "", reasons[int(stuck[0])])
+    for slot in records.slots:
+        if slot.name not in records.touched and not slot.is_buffer:
+            out.setdefault(slot.name, f"the example input did not reach '{slot.name}'")
+    for ids, why in records.frozen:
+        if "no rule" in why:
+            slot = records.slots[int(slot_of[ids[0]])]
+            out.setdefault(slot.name, why)
+    return out
+
+
+_ATTRIBUTES = {
+    "conv": (("out_channels", "out"), ("in_channels", "into")),
+    "linear": (("out_features", "out"), ("in_features", "into"), ("nf", "out")),
+    "norm": (("num_features", "out"), ("num_channels", "out"), ("normalized_shape", "out")),
+    "embedding": (("embedding_dim", "out"),),
+}
+
+
+def _costs(
+    model: nn.Module,
+    records: Records,
+    component: Ids,
+    unit_group: NDArray[np.int64],
+    groups: int,
+    components: Sequence[NDArray[np.int64]],
+) -> tuple[CostModel, list[Resized]]:
+    base: list[int] = [1]
+    rows: list[NDArray[np.int64]] = [np.zeros(groups, dtype=np.int64)]
+    known: dict[tuple[int, ...] | int, int] = {}
+    dense = np.array([len(c) for c in components], dtype=np.int64)
+    keep_alive: list[Ids] = []
+
+    def size(ids: Ids) -> int:
+        """Number of the size that counts these labels."""
+        if id(ids) in known:
+            return known[id(ids)]
+        keep_alive.append(ids)
+        at = ids[ids >= 0]
+        per = np.bincount(unit_group[component[at]] + 1, minlength=groups + 1)
+        row = per[1:] // np.maximum(dense, 1)
+        assert (row * dense == per[1:]).all()
+        base.append(len(ids) - int(per[1:].sum()))
+        rows.append(row.astype(np.int64))
+        known[id(ids)] = len(base) - 1
+        return len(base) - 1
+
+    slots: dict[str, list[Slot]] = {}
+    arrays: dict[tuple[str, int], Ids] = {}
+    for slot in records.slots:
+        slots.setdefault(slot.name, []).append(slot)
+        arrays[slot.name, slot.dim] = np.arange(slot.offset, slot.offset + slot.size)
+    flop_terms = [(t.coefficient, [size(ids) for d in t.dims for _, ids in d if ids is not None]) for t in records.terms]
+    param_terms = [(1, [size(arrays[s.name, s.dim]) for s in slots[name]]) for name, _ in model.named_parameters()]
+    resized = _resized(model, records, size)
+
+    def table(terms: list[tuple[int, list[int]]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        width = max((len(s) for _, s in terms), default=0)
+        sizes = np.zeros((len(terms), max(1, width)), dtype=np.int64)
+        for i, (_, s) in enumerate(terms):
+            sizes[i, : len(s)] = s
+        return np.array([c for c, _ in terms], dtype=np.int64), sizes
+
+    flop_coefficients, flop_sizes = table(flop_terms)
+    param_coefficients, param_sizes = table(param_terms)
+    labels = [(t.module, t.operator) for t in records.terms]
+    per_group = np.stack(rows) if rows else np.zeros((1, groups), dtype=np.int64)
+    return (
+        CostModel(
+            np.array(base, dtype=np.int64),
+            per_group,
+            dense,
+            flop_coefficients,
+            flop_sizes,
+            param_coefficients,
+            param_sizes,
+            labels,
+        ),
+        resized,
+    )
+
+
+def _resized(model: nn.Module, records: Records, size: Any) -> list[Resized]:
+    """Attributes of modules that hold a size we may change: they follow the cut."""
+    modules = dict(model.named_modules())
+    out: dict[tuple[str, str], Resized] = {}
+    for layer in records.layers:
+        owner = layer.weight.rpartition(".")[0] if layer.weight else None
+        module = modules.get(owner) if owner is not None else None
+        if module is None or owner is None:
+            continue
+        into: Dim | None = layer.into
+        for attribute, which in _ATTRIBUTES[layer.kind]:
+            ids = layer.out if which == "out" else (full(into) if into else None)
+            value = getattr(module, attribute, None)
+            value = value[0] if isinstance(value, (tuple, list)) and len(value) == 1 else value
+            if ids is None or value != len(ids):
+                continue
+            out.setdefault((owner, attribute), Resized(owner, attribute, size(ids)))
+        if layer.groups > 1 and getattr(module, "groups", None) == layer.groups and layer.whole_groups:
+            ids = layer.out.reshape(layer.groups, -1)[:, 0].copy()
+            out.setdefault((owner, "groups"), Resized(owner, "groups", size(ids)))
+    return list(out.values())

@@ -1,0 +1,764 @@
+"""How each operator carries channels: one function a family, one row an operator in `RULES`.
+
+A rule gets the tracer, the operator's name, what it returned and what it was called with. Names are those of ATen; an
+operator in place shares the row of its functional form, and every operator that torch itself tags as pointwise shares
+one rule. What has no row freezes whatever it touches, and says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+
+from lightning_prune.graph.labels import (
+    Dim,
+    Ids,
+    Unsplittable,
+    full,
+    is_tracked,
+    merge,
+    reshape,
+    size_of,
+    tracked,
+    untracked,
+)
+from lightning_prune.graph.trace import LayerRecord, Tracer
+
+Rule = Callable[..., None]
+RULES: dict[str, Rule] = {}
+
+# Functions of torch itself that derive every size they use from the tensors they get.
+_SIZES_FROM_TENSORS = frozenset(
+    "flatten linear matmul __matmul__ bmm batch_norm layer_norm group_norm instance_norm conv1d conv2d conv3d "
+    "adaptive_avg_pool1d adaptive_avg_pool2d chunk permute transpose pixel_shuffle dropout einsum "
+    "max_pool1d avg_pool1d interpolate".split()
+)
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register a function for operators."""
+
+    def register(function: Rule) -> Rule:
+        for name in names:
+            RULES[name] = function
+        return function
+
+    return register
+
+
+def _outputs(out: Any) -> list[Tensor]:
+    return [t for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
+
+
+def _tensors(*values: Any) -> list[Tensor]:
+    return [t for t in tree_flatten(values)[0] if isinstance(t, Tensor)]
+
+
+@rule("unknown")
+def _unknown(t: Tracer, name: str, out: Any, *args: Any, **kwargs: Any) -> None:
+    for tensor in _tensors(args, kwargs):
+        info = t.info(tensor)
+        if any(is_tracked(d) for d in info.dims):
+            t.freeze(info.dims, f"operator '{name}' has no rule")
+
+
+# -- one value at a time ----------------------------------------------------------------------------------------------
+
+
+def broadcast(t: Tracer, name: str, tensors: Sequence[Tensor], ndim: int) -> list[Dim]:
+    """Align tensors at their last dimension and join their labels."""
+    dims: list[Dim] = [()] * ndim
+    for tensor in tensors:
+        info = t.info(tensor)
+        for i, dim in enumerate(reversed(info.dims)):
+            at = ndim - 1 - i
+            if tensor.shape[-1 - i] == 1:
+                continue
+            dims[at] = t.same(dims[at], dim, f"'{name}'") if dims[at] else dim
+    return dims
+
+
+@rule(
+    "pointwise", "where", "masked_fill", "lerp", "addcmul", "addcdiv", "native_dropout", "rsub", "dropout",
+    "hardswish", "hardsigmoid", "hardtanh", "relu6", "prelu", "_prelu_kernel", "celu", "mish", "log_sigmoid_forward",
+    "threshold", "rrelu_with_noise", "feature_dropout", "alpha_dropout", "selu", "softplus", "elu",
+)  # fmt: skip
+def _pointwise(t: Tracer, name: str, out: Any, *args: Any, **kwargs: Any) -> None:
+    outs = _outputs(out)
+    if not outs:
+        return
+    tensors = _tensors(args, kwargs)
+    dims = broadcast(t, name, tensors, outs[0].ndim)
+    dims = [d if d else untracked(n) for d, n in zip(dims, outs[0].shape, strict=True)]
+    for tensor in outs:
+        t.set(tensor, dims)
+
+
+@rule("_to_copy", "detach", "alias", "contiguous", "lift_fresh", "lift_fresh_copy", "clone", "_conj")
+def _identity(t: Tracer, name: str, out: Tensor, self: Tensor, *args: Any, **kwargs: Any) -> None:
+    info = t.info(self)
+    t.set(out, info.dims, info.source, info.param)
+
+
+@rule(
+    "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "bernoulli", "uniform", "normal",
+    "zero", "fill", "random", "exponential",
+)  # fmt: skip
+def _like(t: Tracer, name: str, out: Any, self: Tensor, *args: Any, **kwargs: Any) -> None:
+    for tensor in _outputs(out):
+        t.set(tensor, t.info(self).dims)
+
+
+@rule(
+    "zeros", "ones", "empty", "full", "arange", "rand", "randn", "randint", "scalar_tensor", "linspace", "eye",
+    "empty_strided", "new_zeros", "new_ones", "new_empty", "new_full", "new_empty_strided", "empty_permuted",
+    "_local_scalar_dense", "sym_size", "is_same_size", "randperm", "equal", "tril_indices", "triu_indices", "_efficientzerotensor",
+    "_assert_async", "_assert_tensor_metadata", "lift",
+)  # fmt: skip
+def _no_labels(t: Tracer, name: str, out: Any, *args: Any, **kwargs: Any) -> None:
+    """Sizes and values that are not a parameter's: they carry no labels, and freeze what they meet."""
+
+
+@rule("copy")
+def _copy(t: Tracer, name: str, out: Tensor, self: Tensor, src: Tensor, *args: Any, **kwargs: Any) -> None:
+    info = t.info(self)
+    dims = broadcast(t, name, [src], self.ndim)
+    if any(is_tracked(d) for d in info.dims) or self._is_view():
+        dims = [t.same(a, b, "writing into a tensor") if b else a for a, b in zip(info.dims, dims, strict=True)]
+    t.set(out, [d if d else untracked(n) for d, n in zip(dims, out.shape, strict=True)])
+
+
+# -- layers -----------------------------------------------------------------------------------------------------------
+
+
+def _only(dim: Dim) -> Ids | None:
+    """The label array of a dimension that is one tracked factor."""
+    return dim[0][1] if len(dim) == 1 else None
+
+
+@rule("convolution", "convolution_overrideable", "mkldnn_convolution", "cudnn_convolution")
+def _convolution(
+    t: Tracer,
+    name: str,
+    out: Tensor,
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    output_padding: Any,
+    groups: int,
+) -> None:
+    xi, wi = t.info(x), t.info(w)
+    t.freeze(wi.dims[2:], "it runs over the kernel's area")
+    out_axis, in_axis = (1, 0) if transposed else (0, 1)
+    per_out, per_in = wi.dims[out_axis], wi.dims[in_axis]
+    read = xi.dims[1]
+    made: Dim
+    whole = True
+    depthwise = False
+    if groups == 1:
+        t.same(read, per_in, "a convolution") if size_of(read) > 1 else t.freeze([per_in], "it reads one channel")
+        made = per_out
+    else:
+        made, whole, depthwise = _grouped(t, x, w, read, per_out, per_in, transposed, groups)
+    spatial = x.shape[2:] if transposed else out.shape[2:]
+    constant = int(np.prod(w.shape[2:], dtype=np.int64) * np.prod(spatial, dtype=np.int64)) * out.shape[0]
+    t.flops("conv", constant, [wi.dims[0], wi.dims[1]])
+    source = None
+    ids = _only(made)
+    if ids is not None:
+        if bias is not None:
+            t.same(made, t.info(bias).dims[0], "a convolution's bias")
+        source = t.layer(LayerRecord("conv", t.module, ids, read, wi.param, _param(t, bias), groups, whole, depthwise))
+    elif bias is not None:
+        t.freeze(t.info(bias).dims, "its convolution is frozen")
+    batch = xi.dims[0] if len(xi.dims) == out.ndim else ()
+    t.set(out, [batch, made if made else untracked(out.shape[1]), *map(untracked, out.shape[2:])], source)
+
+
+def _grouped(
+    t: Tracer, x: Tensor, w: Tensor, read: Dim, per_out: Dim, per_in: Dim, transposed: bool, groups: int
+) -> tuple[Dim, bool, bool]:
+    """A grouped convolution: whole groups go, or the same index of every group, whichever leaves more to choose from."""
+    ins = full(read)
+    rows = (full(per_in), full(per_out)) if transposed else (full(per_out), full(per_in))
+    outer, inner = rows  # outer: weight dimension 0, which holds all groups; inner: one group's worth
+    if ins is None or outer is None or inner is None:
+        t.freeze([read, per_out, per_in], "a grouped convolution reads dimensions flattened into one")
+        return (), True, False
+    if transposed:
+        made_per_group, into = inner, outer
+        t.same(read, per_in, "a grouped convolution")
+        makes = np.tile(made_per_group, groups)
+    else:
+        makes, into = outer, ins
+    in_rows, out_rows = into.reshape(groups, -1), makes.reshape(groups, -1)
+    whole = groups >= max(in_rows.shape[1], out_rows.shape[1])
+    if whole:
+        if in_rows.shape[1] > 1:
+            t.couple(in_rows.T.ravel(), in_rows.shape[1])
+        if not transposed:
+            if out_rows.shape[1] > 1:
+                t.couple(out_rows.T.ravel(), out_rows.shape[1])
+            t.same(tracked(in_rows[:, 0].copy()), tracked(out_rows[:, 0].copy()), "a grouped convolution")
+            t.freeze([per_in], "whole groups of its convolution go, so their width stays")
+        else:
+            t.freeze([per_out], "whole groups of its convolution go, so their width stays")
+            makes = np.repeat(in_rows[:, 0], out_rows.shape[1])
+    else:
+        t.couple(into, groups)
+        if not transposed:
+            t.couple(makes, groups)
+            t.same(tracked(in_rows[0].copy()), per_in, "a grouped convolution")
+    return tracked(makes), whole, in_rows.shape[1] == 1
+
+
+def _param(t: Tracer, tensor: Tensor | None) -> str | None:
+    return None if tensor is None else t.info(tensor).param
+
+
+@rule("addmm", "mm", "mv", "addmv", "linear", "mkldnn_linear", "_addmm_activation")
+def _linear(t: Tracer, name: str, out: Tensor, *args: Any, **kwargs: Any) -> None:
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    bias: Tensor | None = None
+    if name in ("addmm", "addmv", "_addmm_activation"):
+        bias, x, w = tensors[:3]
+    else:
+        x, w = tensors[:2]
+        bias = tensors[2] if len(tensors) > 2 else None
+    xi, wi = t.info(x), t.info(w)
+    reads, makes = (wi.dims[1], wi.dims[0]) if "linear" in name else (wi.dims[0], wi.dims[-1] if w.ndim > 1 else ())
+    _contract(t, xi.dims[-1], reads)
+    lead = xi.dims[:-1]
+    if wi.param is None and xi.param is not None:  # weight @ activation
+        t.suspect([xi.dims[0]])
+    t.flops("linear" if wi.param else "matmul", 1, [*_numel(t, x), makes or untracked(_width(w, name))])
+    source = None
+    ids = _only(makes)
+    if ids is not None and wi.param is not None:
+        source = t.layer(LayerRecord("linear", t.module, ids, xi.dims[-1], wi.param, _param(t, bias)))
+    dims = [*lead, makes][: out.ndim]
+    if bias is not None:
+        dims = [t.same(a, b, "a linear layer's bias") if b and a else a for a, b in zip(
+            dims, broadcast(t, name, [bias], out.ndim), strict=True)]  # fmt: skip
+    t.set(out, [d if d else untracked(n) for d, n in zip(dims, out.shape, strict=True)], source)
+
+
+def _width(w: Tensor, name: str) -> int:
+    return w.shape[0] if "linear" in name else (w.shape[1] if w.ndim > 1 else 1)
+
+
+def _contract(t: Tracer, left: Dim, right: Dim) -> None:
+    """Summed over together: the same channels."""
+    if left and right:
+        t.same(left, right, "a matrix product")
+    else:
+        t.freeze([left, right], "it is read together with a single value")
+
+
+@rule("bmm", "baddbmm", "matmul", "dot")
+def _bmm(t: Tracer, name: str, out: Tensor, *args: Any, **kwargs: Any) -> None:
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    a, b = tensors[1:3] if name == "baddbmm" else tensors[:2]
+    ai, bi = t.info(a), t.info(b)
+    _contract(t, ai.dims[-1], bi.dims[-2] if b.ndim > 1 else bi.dims[0])
+    t.suspect([ai.dims[-1]])
+    if b.ndim < 2 or a.ndim != b.ndim:
+        t.freeze([*ai.dims, *bi.dims], f"'{name}' of tensors with {a.ndim} and {b.ndim} dimensions")
+        return
+    lead = [t.same(x, y, "a batched matrix product") if x and y else x or y
+            for x, y in zip(ai.dims[:-2], bi.dims[:-2], strict=True)]  # fmt: skip
+    dims = [*lead, ai.dims[-2], bi.dims[-1]]
+    t.flops("matmul", 1, [*dims, ai.dims[-1]])
+    if name == "baddbmm":
+        dims = [t.same(x, y, "'baddbmm'") if y else x
+                for x, y in zip(dims, broadcast(t, name, [tensors[0]], 3), strict=True)]  # fmt: skip
+    t.set(out, [d if d else untracked(n) for d, n in zip(dims, out.shape, strict=True)])
+
+
+@rule(
+    "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_fused_attention_overrideable", "scaled_dot_product_attention",
+)  # fmt: skip
+def _attention(t: Tracer, name: str, out: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> None:
+    qi, ki, vi = t.info(q), t.info(k), t.info(v)
+    why = "it is the width of an attention head, which the softmax scale is derived from"
+    t.freeze([qi.dims[-1], ki.dims[-1]], why)
+    t.freeze([vi.dims[-1]], "it is the width of an attention head, which torch lays out by the query's")
+    lead = [t.same(x, y, "attention") if x and y else x or y for x, y in zip(qi.dims[:-2], ki.dims[:-2], strict=True)]
+    lead = [t.same(x, y, "attention") if x and y else x or y for x, y in zip(lead, vi.dims[:-2], strict=True)]
+    t.flops("attention", 1, [*lead, qi.dims[-2], ki.dims[-2], qi.dims[-1]])
+    t.flops("attention", 1, [*lead, qi.dims[-2], ki.dims[-2], vi.dims[-1]])
+    dims = [*lead, qi.dims[-2], vi.dims[-1]]
+    first = _outputs(out)[0]
+    t.set(first, [d if d else untracked(n) for d, n in zip(dims, first.shape, strict=True)])
+
+
+# -- norms ------------------------------------------------------------------------------------------------------------
+
+
+@rule(
+    "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training",
+    "_batch_norm_with_update", "_batch_norm_no_update", "cudnn_batch_norm", "miopen_batch_norm",
+    "_batch_norm_with_update_functional", "_native_batch_norm_legit_functional", "batch_norm",
+)  # fmt: skip
+def _batch_norm(t: Tracer, name: str, out: Any, x: Tensor, *args: Any, **kwargs: Any) -> None:
+    xi = t.info(x)
+    channels = xi.dims[1]
+    arguments = _tensors(args[:4])
+    weight, bias = args[0], args[1]
+    for tensor in arguments:
+        if channels:
+            channels = t.same(channels, t.info(tensor).dims[0], "a batch norm")
+        else:
+            t.freeze(t.info(tensor).dims, "it normalises one channel")
+    marked = t.call.name == "instance_norm"
+    scale = (5 if weight is not None else 4) if marked else (2 if weight is not None else 1)
+    t.flops("norm", scale, [channels if i == 1 else d for i, d in enumerate(_numel(t, x))])
+    ids = _only(channels)
+    if ids is not None and weight is not None:
+        t.layer(LayerRecord("norm", t.module, ids, None, _param(t, weight), _param(t, bias), source=xi.source))
+    dims = [channels if i == 1 else d for i, d in enumerate(xi.dims)]
+    t.set(_outputs(out)[0], [d if d else untracked(n) for d, n in zip(dims, x.shape, strict=True)])
+
+
+def _numel(t: Tracer, x: Tensor) -> list[Dim]:
+    """The dimensions of a tensor with untracked sizes filled in."""
+    return [d if d else untracked(n) for d, n in zip(t.info(x).dims, x.shape, strict=True)]
+
+
+@rule("native_layer_norm", "_fused_rms_norm", "rms_norm")
+def _layer_norm(t: Tracer, name: str, out: Any, x: Tensor, shape: Sequence[int], *args: Any, **kwargs: Any) -> None:
+    xi = t.info(x)
+    dims = list(xi.dims)
+    weight = args[0] if args else None
+    for tensor in _tensors(args[:2]):
+        for i, dim in enumerate(t.info(tensor).dims):
+            at = len(dims) - len(shape) + i
+            dims[at] = t.same(dims[at], dim, "a layer norm") if dims[at] else dim
+    t.inexact(dims[len(dims) - len(shape) :], "a norm runs across it")
+    t.suspect(dims[len(dims) - len(shape) :])
+    if name == "native_layer_norm":
+        t.flops("norm", 5 if weight is not None else 4, _numel(t, x))
+    ids = _only(dims[-1])
+    if ids is not None and weight is not None and len(shape) == 1:
+        bias = args[1] if len(args) > 1 and isinstance(args[1], Tensor) else None
+        t.layer(LayerRecord("norm", t.module, ids, None, _param(t, weight), _param(t, bias)))
+    t.set(_outputs(out)[0], [d if d else untracked(n) for d, n in zip(dims, x.shape, strict=True)])
+
+
+@rule("native_group_norm")
+def _group_norm(t: Tracer, name: str, out: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None,
+                n: int, c: int, hw: int, groups: int, eps: float) -> None:  # fmt: skip
+    xi = t.info(x)
+    channels = xi.dims[1]
+    for tensor in _tensors(weight, bias):
+        channels = t.same(channels, t.info(tensor).dims[0], "a group norm") if channels else channels
+    ids = full(channels)
+    if ids is None:
+        t.freeze([channels], "a group norm over dimensions flattened into one")
+    elif groups < c:
+        if groups > 1:
+            t.couple(ids, groups)
+        t.inexact([channels], "a norm runs across it")
+        t.suspect([channels])
+    else:
+        t.freeze([channels], "its group norm has one channel a group, as many as the module says")
+    t.flops("norm", 5 if weight is not None else 4, [channels if i == 1 else d for i, d in enumerate(_numel(t, x))])
+    only = _only(channels)
+    if only is not None and weight is not None:
+        t.layer(LayerRecord("norm", t.module, only, None, _param(t, weight), _param(t, bias), source=xi.source))
+    dims = [channels if i == 1 else d for i, d in enumerate(xi.dims)]
+    t.set(_outputs(out)[0], [d if d else untracked(k) for d, k in zip(dims, x.shape, strict=True)])
+
+
+# -- space ------------------------------------------------------------------------------------------------------------
+
+
+def _spatial(count: int, operator: str = "", input_scale: int = 0, output_scale: int = 0) -> Rule:
+    """The last ``count`` dimensions change size and stay free of labels."""
+
+    def apply(t: Tracer, name: str, out: Any, x: Tensor, *args: Any, **kwargs: Any) -> None:
+        info = t.info(x)
+        t.freeze(info.dims[-count:], f"'{name}' runs over it")
+        if input_scale:
+            t.flops(operator, input_scale, _numel(t, x))
+        for tensor in _outputs(out):
+            dims = [*info.dims[:-count], *map(untracked, tensor.shape[-count:])]
+            t.set(tensor, [d if d else untracked(n) for d, n in zip(dims, tensor.shape, strict=True)])
+        if output_scale:
+            t.flops(operator, output_scale, _numel(t, _outputs(out)[0]))
+
+    return apply
+
+
+for _n, _names in {
+    1: "max_pool1d avg_pool1d adaptive_avg_pool1d adaptive_max_pool1d upsample_nearest1d upsample_linear1d "
+    "reflection_pad1d replication_pad1d",
+    2: "max_pool2d_with_indices avg_pool2d adaptive_max_pool2d max_pool2d upsample_bicubic2d reflection_pad2d "
+    "replication_pad2d max_unpool2d fractional_max_pool2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa",
+    3: "max_pool3d_with_indices avg_pool3d _adaptive_avg_pool3d adaptive_max_pool3d upsample_nearest3d "
+    "upsample_trilinear3d reflection_pad3d replication_pad3d",
+}.items():
+    for _name in _names.split():
+        RULES[_name] = _spatial(_n)
+RULES["_adaptive_avg_pool2d"] = _spatial(2, "pool", input_scale=1)
+RULES["upsample_nearest2d"] = _spatial(2, "upsample", output_scale=1)
+RULES["upsample_bilinear2d"] = _spatial(2, "upsample", output_scale=4)
+
+
+@rule("grid_sampler_2d")
+def _grid_sampler(t: Tracer, name: str, out: Tensor, x: Tensor, grid: Tensor, *args: Any) -> None:
+    t.freeze(t.info(grid).dims, "it is a sampling position")
+    _spatial(2, "grid_sampler", output_scale=4)(t, name, out, x)
+
+
+@rule("constant_pad_nd")
+def _pad(t: Tracer, name: str, out: Tensor, x: Tensor, pad: Sequence[int], *args: Any) -> None:
+    dims = list(t.info(x).dims)
+    for i in range(len(pad) // 2):
+        before, after = pad[2 * i], pad[2 * i + 1]
+        at = x.ndim - 1 - i
+        if before or after:
+            t.freeze([dims[at]], f"it is padded by ({before}, {after}) channels, a number in the model's code")
+            ids = full(dims[at])
+            if is_tracked(dims[at]) and ids is not None and before >= 0 and after >= 0:
+                lone = np.full(1, -1, dtype=np.int64)
+                dims[at] = tracked(np.concatenate([lone.repeat(before), ids, lone.repeat(after)]))
+            else:
+                dims[at] = untracked(out.shape[at])
+    t.set(out, dims)
+
+
+@rule("pixel_shuffle")
+def _pixel_shuffle(t: Tracer, name: str, out: Tensor, x: Tensor, factor: int) -> None:
+    dims = t.info(x).dims
+    ids = full(dims[-3])
+    made: Dim = untracked(out.shape[-3])
+    if ids is None:
+        t.freeze([dims[-3]], "a pixel shuffle of dimensions flattened into one")
+    elif is_tracked(dims[-3]):
+        blocks = ids.reshape(-1, factor * factor)
+        t.couple(blocks.T.ravel(), factor * factor)
+        made = tracked(blocks[:, 0].copy())
+    t.set(out, [*dims[:-3], made, *map(untracked, out.shape[-2:])])
+
+
+@rule("pixel_unshuffle")
+def _pixel_unshuffle(t: Tracer, name: str, out: Tensor, x: Tensor, factor: int) -> None:
+    dims = t.info(x).dims
+    t.set(out, [*dims[:-3], merge([dims[-3], untracked(factor * factor)]), *map(untracked, out.shape[-2:])])
+
+
+@rule("channel_shuffle", "native_channel_shuffle")
+def _channel_shuffle(t: Tracer, name: str, out: Tensor, x: Tensor, groups: int) -> None:
+    dims = list(t.info(x).dims)
+    ids = full(dims[1])
+    if ids is None:
+        t.freeze([dims[1]], "a channel shuffle of dimensions flattened into one")
+    elif is_tracked(dims[1]):
+        t.couple(ids, groups)
+        dims[1] = tracked(ids.reshape(groups, -1).T.ravel())
+    t.set(out, dims)
+
+
+# -- layout -----------------------------------------------------------------------------------------------------------
+
+
+@rule("view", "_unsafe_view", "reshape", "_reshape_alias", "flatten", "unflatten")
+def _view(t: Tracer, name: str, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> None:
+    info = t.info(x)
+    if tuple(out.shape) == tuple(x.shape):
+        t.set(out, info.dims, info.source, info.param)
+        return
+    if not any(is_tracked(d) for d in info.dims):
+        return
+    try:
+        dims, splits = reshape(_numel(t, x), out.shape)
+    except Unsplittable:
+        t.freeze(info.dims, f"a view from {tuple(x.shape)} to {tuple(out.shape)} does not divide it evenly")
+        return
+    for parts, ids in splits:
+        t.couple(ids, parts)
+        t.suspect([((len(ids), ids),)])
+    if t.call.name not in _SIZES_FROM_TENSORS:
+        literal = set(t.call.literal_sizes)
+        t.suspect([d for d, n in zip(dims, out.shape, strict=True) if n in literal or not literal])
+    t.set(out, dims, info.source if _drops_only_ones(x, out) else None)
+
+
+def _drops_only_ones(x: Tensor, out: Tensor) -> bool:
+    return [n for n in x.shape if n > 1] == [n for n in out.shape if n > 1]
+
+
+@rule("permute", "transpose", "t", "numpy_T", "movedim", "transpose_", "swapaxes")
+def _permute(t: Tracer, name: str, out: Tensor, x: Tensor, *args: Any) -> None:
+    info = t.info(x)
+    if name.rstrip("_") == "permute":
+        order = [d % x.ndim for d in args[0]]
+    elif name.rstrip("_") == "t":
+        order = list(range(x.ndim))[::-1]
+    else:
+        order = list(range(x.ndim))
+        a, b = args[0] % x.ndim, args[1] % x.ndim
+        order[a], order[b] = order[b], order[a]
+    t.set(out, [info.dims[d] for d in order], info.source, info.param)
+
+
+@rule("unsqueeze")
+def _unsqueeze(t: Tracer, name: str, out: Tensor, x: Tensor, dim: int) -> None:
+    dims = list(t.info(x).dims)
+    dims.insert(dim % out.ndim, ())
+    t.set(out, dims)
+
+
+@rule("squeeze")
+def _squeeze(t: Tracer, name: str, out: Tensor, x: Tensor, dim: Any = None) -> None:
+    info = t.info(x)
+    drop = range(x.ndim) if dim is None else [d % x.ndim for d in ([dim] if isinstance(dim, int) else dim)]
+    dims = [d for i, d in enumerate(info.dims) if not (i in drop and x.shape[i] == 1)]
+    t.set(out, dims, info.source)
+
+
+@rule("expand", "broadcast_to")
+def _expand(t: Tracer, name: str, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> None:
+    dims = broadcast(t, name, [x], out.ndim)
+    t.set(out, [d if d else untracked(n) for d, n in zip(dims, out.shape, strict=True)])
+
+
+@rule("repeat")
+def _repeat(t: Tracer, name: str, out: Tensor, x: Tensor, repeats: Sequence[int]) -> None:
+    dims = [()] * (out.ndim - x.ndim) + list(t.info(x).dims)
+    t.set(out, [merge([untracked(r), d]) for r, d in zip(repeats, dims, strict=True)])
+
+
+@rule("slice", "select", "narrow")
+def _slice(t: Tracer, name: str, out: Tensor, x: Tensor, dim: int = 0, *args: Any, **kwargs: Any) -> None:
+    info = t.info(x)
+    dim %= x.ndim
+    dims = list(info.dims)
+    if name == "select":
+        t.freeze([dims[dim]], "one index of it is taken by its number")
+        del dims[dim]
+        t.set(out, dims)
+        return
+    if out.shape[dim] == x.shape[dim]:
+        t.set(out, dims, info.source, info.param)
+        return
+    if is_tracked(dims[dim]):
+        t.freeze([dims[dim]], "it is sliced at a number in the model's code")
+        ids = full(dims[dim])
+        start = (args[0] if args and args[0] is not None else 0) if name == "slice" else args[0]
+        step = args[2] if name == "slice" and len(args) > 2 else 1
+        start = start + x.shape[dim] if start < 0 else start
+        stop = start + step * out.shape[dim]
+        dims[dim] = untracked(out.shape[dim]) if ids is None else tracked(ids[start:stop:step])
+    else:
+        dims[dim] = untracked(out.shape[dim])
+    t.set(out, dims)
+
+
+@rule("split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk", "tensor_split")
+def _split(t: Tracer, name: str, out: Sequence[Tensor], x: Tensor, sizes: Any, dim: int = 0) -> None:
+    info = t.info(x)
+    dim %= x.ndim
+    whole = info.dims[dim]
+    parts: list[Dim] = [untracked(o.shape[dim]) for o in out]
+    if is_tracked(whole) and len(out) > 1:
+        ids = full(whole)
+        widths = {o.shape[dim] for o in out}
+        if ids is None:
+            t.freeze([whole], "a split of dimensions flattened into one")
+        else:
+            if len(widths) > 1:
+                t.freeze([whole], f"it is split into unequal parts of {[o.shape[dim] for o in out]}")
+            else:
+                t.couple(ids, len(out))
+                t.suspect([whole])
+            parts = [tracked(p) for p in np.split(ids, np.cumsum([o.shape[dim] for o in out])[:-1])]
+    elif len(out) == 1:
+        parts = [whole]
+    for tensor, part in zip(out, parts, strict=True):
+        t.set(tensor, [*info.dims[:dim], part, *info.dims[dim + 1 :]])
+
+
+@rule("glu")
+def _glu(t: Tracer, name: str, out: Tensor, x: Tensor, dim: int = -1) -> None:
+    dims = list(t.info(x).dims)
+    dim %= x.ndim
+    ids = full(dims[dim])
+    if ids is None:
+        t.freeze([dims[dim]], "a gated linear unit over dimensions flattened into one")
+    elif is_tracked(dims[dim]):
+        t.couple(ids, 2)
+    dims[dim] = untracked(out.shape[dim]) if ids is None else tracked(ids[: out.shape[dim]])
+    t.set(out, dims)
+
+
+@rule("unbind")
+def _unbind(t: Tracer, name: str, out: Sequence[Tensor], x: Tensor, dim: int = 0) -> None:
+    dims = list(t.info(x).dims)
+    dim %= x.ndim
+    t.freeze([dims[dim]], "each index of it is taken by its number")
+    del dims[dim]
+    for tensor in out:
+        t.set(tensor, dims)
+
+
+@rule("cat")
+def _cat(t: Tracer, name: str, out: Tensor, tensors: Sequence[Tensor], dim: int = 0) -> None:
+    tensors = [x for x in tensors if x.ndim == out.ndim]
+    dim %= out.ndim
+    dims: list[Dim] = list(t.info(tensors[0]).dims)
+    for x in tensors[1:]:
+        for i, d in enumerate(t.info(x).dims):
+            if i != dim and (d or dims[i]):
+                dims[i] = t.same(dims[i], d, "a concatenation")
+    parts = [t.info(x).dims[dim] for x in tensors]
+    arrays = [full(p) if p else np.full(x.shape[dim], -1) for p, x in zip(parts, tensors, strict=True)]
+    if any(a is None for a in arrays):
+        t.freeze(parts, "a concatenation of dimensions flattened into one")
+        dims[dim] = untracked(out.shape[dim])
+    elif any(is_tracked(p) for p in parts):
+        dims[dim] = tracked(np.concatenate([a for a in arrays if a is not None]))
+    else:
+        dims[dim] = untracked(out.shape[dim])
+    t.set(out, dims)
+
+
+@rule("stack")
+def _stack(t: Tracer, name: str, out: Tensor, tensors: Sequence[Tensor], dim: int = 0) -> None:
+    dims: list[Dim] = list(t.info(tensors[0]).dims)
+    for x in tensors[1:]:
+        dims = [t.same(a, b, "a stack") if a or b else a for a, b in zip(dims, t.info(x).dims, strict=True)]
+    dims.insert(dim % out.ndim, untracked(len(tensors)))
+    t.set(out, dims)
+
+
+@rule("flip")
+def _flip(t: Tracer, name: str, out: Tensor, x: Tensor, over: Sequence[int]) -> None:
+    dims = list(t.info(x).dims)
+    for d in over:
+        ids = full(dims[d])
+        if ids is None:
+            t.freeze([dims[d]], "a flip of dimensions flattened into one")
+        elif is_tracked(dims[d]):
+            dims[d] = tracked(ids[::-1].copy())
+    t.set(out, dims)
+
+
+@rule("roll")
+def _roll(t: Tracer, name: str, out: Tensor, x: Tensor, shifts: Any, over: Sequence[int] = ()) -> None:
+    dims = list(t.info(x).dims)
+    t.freeze([dims[d] for d in over] or dims, "it is rolled by a number in the model's code")
+    t.set(out, dims)
+
+
+@rule("index", "index_select", "embedding")
+def _index(t: Tracer, name: str, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> None:
+    dims = list(t.info(x).dims)
+    if name == "index":
+        at = [i for i, index in enumerate(args[0]) if index is not None]
+        first, indexed = at[0], at
+        ndim = max(args[0][i].ndim for i in at)
+        if any(args[0][i].dtype in (torch.bool, torch.uint8) for i in at):
+            ndim = out.ndim - (x.ndim - sum(args[0][i].ndim for i in at))
+            indexed = list(range(at[0], at[0] + sum(args[0][i].ndim for i in at)))
+        contiguous = at == list(range(at[0], at[-1] + 1))
+    elif name == "embedding":
+        first, indexed, ndim, contiguous = 0, [0], args[0].ndim, True
+    else:
+        first, indexed, ndim, contiguous = args[0] % x.ndim, [args[0] % x.ndim], 1, True
+    t.freeze([dims[i] for i in indexed], "it is looked up by index")
+    rest = [d for i, d in enumerate(dims) if i not in indexed]
+    if not contiguous:
+        first = 0
+    new = [untracked(n) for n in out.shape[first : first + ndim]]
+    result = [*rest[:first], *new, *rest[first:]]
+    if len(result) != out.ndim:
+        t.freeze(dims, f"operator '{name}' indexes it in a way that is not followed")
+        return
+    if name == "embedding":
+        ids = _only(result[-1])
+        if ids is not None:
+            t.layer(LayerRecord("embedding", t.module, ids, None, t.info(x).param))
+    t.set(out, [d if d else untracked(n) for d, n in zip(result, out.shape, strict=True)])
+
+
+# -- over a dimension -------------------------------------------------------------------------------------------------
+
+
+def _axes(x: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> list[int]:
+    dim = kwargs.get("dim", args[0] if args else None)
+    if dim is None or (isinstance(dim, (list, tuple)) and not dim):
+        return list(range(x.ndim))
+    return [d % x.ndim for d in ([dim] if isinstance(dim, int) else dim)] if x.ndim else []
+
+
+def _reduce(t: Tracer, out: Any, x: Tensor, axes: Sequence[int]) -> None:
+    dims = t.info(x).dims
+    for tensor in _outputs(out):
+        if tensor.ndim == x.ndim:
+            t.set(tensor, [() if i in axes else d for i, d in enumerate(dims)])
+        else:
+            t.set(tensor, [d for i, d in enumerate(dims) if i not in axes])
+
+
+@rule("sum", "mean", "amax", "amin", "logsumexp", "var", "std", "var_mean", "std_mean", "prod", "any", "all")
+def _reduction(t: Tracer, name: str, out: Any, x: Tensor, *args: Any, **kwargs: Any) -> None:
+    if args and not isinstance(args[0], (int, list, tuple, type(None))):
+        args = ()
+    axes = _axes(x, [a for a in args if not isinstance(a, bool)], kwargs)
+    over = [t.info(x).dims[i] for i in axes]
+    if name != "sum":
+        t.inexact(over, f"'{name}' runs across it")
+        t.suspect(over)
+    if name == "mean" and t.call.name == "adaptive_avg_pool2d":
+        t.flops("pool", 1, _numel(t, x))
+    _reduce(t, out, x, axes)
+
+
+@rule("linalg_vector_norm", "norm")
+def _norm(t: Tracer, name: str, out: Any, x: Tensor, *args: Any, **kwargs: Any) -> None:
+    """Zeros add nothing to a vector norm of order 1 or 2, so a cut is exact."""
+    _reduce(t, out, x, _axes(x, args[1:], kwargs))
+
+
+@rule("max", "min", "median", "mode", "kthvalue", "argmax", "argmin", "topk", "sort", "argsort")
+def _choice(t: Tracer, name: str, out: Any, x: Tensor, *args: Any, **kwargs: Any) -> None:
+    if args and isinstance(args[0], Tensor):
+        _pointwise(t, name, out, x, *args, **kwargs)
+        return
+    place = args[1:] if name in ("topk", "kthvalue") else args
+    axes = _axes(x, [-1] if not place and name in ("topk", "sort", "argsort") else place, kwargs)
+    t.freeze([t.info(x).dims[i] for i in axes], f"'{name}' chooses among its values")
+    dims = t.info(x).dims
+    if name in ("topk", "sort", "argsort"):
+        for tensor in _outputs(out):
+            t.set(tensor, [untracked(tensor.shape[i]) if i in axes else d for i, d in enumerate(dims)])
+    else:
+        _reduce(t, out, x, axes)
+
+
+@rule("_softmax", "_log_softmax", "softmax", "log_softmax", "_safe_softmax", "cumsum", "cumprod", "logcumsumexp")
+def _softmax(t: Tracer, name: str, out: Tensor, x: Tensor, dim: int, *args: Any, **kwargs: Any) -> None:
+    info = t.info(x)
+    t.inexact([info.dims[dim % x.ndim]], f"'{name.strip('_')}' runs across it")
+    t.suspect([info.dims[dim % x.ndim]])
+    t.set(out, info.dims)
+
+
+@rule("_weight_norm_interface", "_weight_norm")
+def _weight_norm(t: Tracer, name: str, out: Any, v: Tensor, g: Tensor, dim: int = 0) -> None:
+    dims = list(t.info(v).dims)
+    t.same(dims[dim], t.info(g).dims[dim], "weight normalisation")
+    t.set(_outputs(out)[0], dims, None, t.info(v).param)

@@ -1,0 +1,147 @@
+"""Masks on weights: zero what goes, keep gradients away from it, hold it at zero.
+
+The one engine of all methods that mask. Work per step is a few calls over all parameters at once (``torch._foreach``).
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+class Masks:
+    """Bool masks on parameters, True = keep.
+
+    Args:
+        parameters: name -> parameter; those without a mask are left alone.
+        masks: name -> bool tensor of the shape that the parameter has now.
+
+    Nothing is zeroed before :meth:`zero`, :meth:`hold` or :meth:`update` is called. Masks follow their parameters to
+    another device or dtype by themselves.
+
+    Raises:
+        ValueError: if a mask has no parameter, another shape or another dtype than bool.
+
+    Example:
+        >>> layer = nn.Linear(2, 1, bias=False)
+        >>> masks = Masks({"weight": layer.weight}, {"weight": torch.tensor([[True, False]])})
+        >>> masks.zero()
+        >>> layer.weight[0, 1].item(), masks.density()
+        (0.0, 0.5)
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor]) -> None:
+        self._parameters = dict(parameters)
+        self._multipliers: dict[str, Tensor] = {}  # 0 or 1, as the parameter: ready to multiply with
+        self._kept: dict[str, int] = {}
+        self._set(masks)
+
+    def _set(self, masks: Mapping[str, Tensor]) -> None:
+        for name, mask in masks.items():
+            if name not in self._parameters:
+                raise ValueError(
+                    f"mask for {name!r}, but there is no such parameter among {sorted(self._parameters)[:5]} ..."
+                )
+            wanted = self._parameters[name].shape
+            if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != wanted:
+                got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+                raise ValueError(f"mask of {name!r} must be a bool tensor of shape {tuple(wanted)}, got {got}")
+        multipliers = {name: _like(mask, self._parameters[name]) for name, mask in masks.items()}
+        kept = {name: int(mask.count_nonzero()) for name, mask in masks.items()}
+        self._multipliers, self._kept = multipliers, kept
+
+    def update(self, masks: Mapping[str, Tensor]) -> None:
+        """Replace all masks and put zeros under the new ones; a parameter that is not named is no longer masked.
+
+        Entries that are turned on again keep the value they have, zero as a rule.
+
+        Raises:
+            ValueError: as for the constructor; nothing has changed then.
+        """
+        self._set(masks)
+        self.zero()
+
+    @torch.no_grad()
+    def zero(self) -> None:
+        """Put zeros under the masks into the weights, in place; infinities and NaN become zero as well."""
+        for name, multiplier in self._aligned().items():
+            self._parameters[name].masked_fill_(multiplier == 0, 0)
+
+    @torch.no_grad()
+    def hold(self) -> None:
+        """Put zeros under the masks once more, after an optimizer step; finite weights are taken for granted."""
+        if multipliers := self._aligned():
+            torch._foreach_mul_([self._parameters[name] for name in multipliers], list(multipliers.values()))
+
+    @torch.no_grad()
+    def mask_gradients(self) -> None:
+        """Multiply each ``.grad`` by its mask in place, where there is one.
+
+        A NaN or infinite gradient gives NaN under the mask as well: a batch that has one must not be stepped on.
+
+        Raises:
+            RuntimeError: if a gradient is sparse.
+        """
+        gradients, multipliers = [], []
+        for name, multiplier in self._aligned().items():
+            gradient = self._parameters[name].grad
+            if gradient is None:
+                continue
+            if gradient.layout != torch.strided:
+                raise RuntimeError(
+                    f"parameter {name!r} has a sparse gradient, which cannot be masked; give its layer sparse=False"
+                )
+            gradients.append(gradient)
+            multipliers.append(multiplier)
+        if gradients:
+            torch._foreach_mul_(gradients, multipliers)
+
+    def as_bool(self) -> dict[str, Tensor]:
+        """Return name -> bool mask, True = keep, on the device of the parameter."""
+        return {name: multiplier != 0 for name, multiplier in self._aligned().items()}
+
+    def density(self) -> float:
+        """Return entries kept / all entries over the masked parameters; 1 if nothing is masked."""
+        entries = sum(multiplier.numel() for multiplier in self._multipliers.values())
+        return sum(self._kept.values()) / entries if entries else 1.0
+
+    def densities(self) -> dict[str, float]:
+        """Return entries kept / all entries for each masked parameter."""
+        return {
+            name: self._kept[name] / multiplier.numel() if multiplier.numel() else 1.0
+            for name, multiplier in self._multipliers.items()
+        }
+
+    def nonzero_kept(self) -> dict[str, int]:
+        """Return for each masked parameter how many of the entries it keeps are not zero."""
+        return {name: int((self._parameters[name] * m).count_nonzero()) for name, m in self._aligned().items()}
+
+    def _aligned(self) -> dict[str, Tensor]:
+        """Return the multipliers, brought after their parameters to where these are now."""
+        for name, multiplier in self._multipliers.items():
+            parameter = self._parameters[name]
+            if multiplier.shape != parameter.shape:
+                raise RuntimeError(
+                    f"parameter {name!r} was cut from {tuple(multiplier.shape)} to {tuple(parameter.shape)} under its "
+                    "mask; call update() with the mask of the new shape"
+                )
+            if multiplier.device != parameter.device or multiplier.dtype != parameter.dtype:
+                self._multipliers[name] = _like(multiplier, parameter)
+        return self._multipliers
+
+
+@torch.no_grad()
+def zero_coordinates(tensor: Tensor, removed: Mapping[int, Tensor]) -> None:
+    """Put zeros into whole slices of a tensor, in place.
+
+    Args:
+        tensor: any tensor, also a parameter.
+        removed: dim -> (n,) int64 indices of the slices along it.
+    """
+    for dim, index in removed.items():
+        tensor.index_fill_(dim, index.to(tensor.device), 0)
+
+
+def _like(mask: Tensor, parameter: Tensor) -> Tensor:
+    # the strides of the parameter too: only then can all of them be multiplied in one kernel
+    return torch.empty_like(parameter, requires_grad=False).copy_(mask)

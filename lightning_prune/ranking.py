@@ -1,0 +1,244 @@
+"""Scores -> what to keep: exact counts with a tie rule. The only place that sorts.
+
+Larger scores stay. Among equal scores the one with the lower index goes first, and among groups the earlier one, so that
+the same scores give the same choice everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from lightning_prune.errors import NonFiniteScore, UnmeetableBudget
+
+Counts = Mapping[str, int]
+Fits = Callable[[Counts], bool]
+
+
+def top_mask(scores: Tensor, n: int) -> Tensor:
+    """Keep exactly the n largest scores; of equal ones those with the higher index.
+
+    Args:
+        scores: any shape.
+        n: from 0 to the number of scores.
+
+    Returns:
+        bool, the shape of the scores, True = keep.
+
+    Raises:
+        ValueError: if n is out of range.
+
+    Example:
+        >>> top_mask(torch.tensor([1.0, 1.0, 1.0]), 2)
+        tensor([False,  True,  True])
+    """
+    if not 0 <= n <= scores.numel():
+        raise ValueError(f"n must be from 0 to the {scores.numel()} scores there are, got {n}")
+    flat = scores.detach().reshape(-1)
+    mask = torch.zeros(flat.numel(), dtype=torch.bool, device=flat.device)
+    if n:
+        mask[torch.sort(flat, stable=True).indices[flat.numel() - n :]] = True
+    return mask.reshape(scores.shape)
+
+
+def check_finite(scores: Mapping[str, Tensor]) -> None:
+    """Refuse scores that say nothing.
+
+    Raises:
+        NonFiniteScore: naming the first group or layer with a NaN or infinite score.
+    """
+    for name, score in scores.items():
+        bad = ~torch.isfinite(score)
+        if bad.any():
+            raise NonFiniteScore(
+                f"{int(bad.sum())} of {score.numel()} scores of {name!r} are NaN or infinite; "
+                "look at the loss and its gradients in the batches before this event"
+            )
+
+
+def round_count(count: int, size: int, multiple: int) -> int:
+    """The largest multiple not above a count; the smallest multiple if there is none, the size if nothing goes.
+
+    Example:
+        >>> round_count(13, 20, 8), round_count(5, 20, 8), round_count(20, 20, 8), round_count(3, 6, 8)
+        (8, 8, 20, 6)
+    """
+    if count >= size:
+        return size
+    return min(size, max(multiple, count - count % multiple))
+
+
+def rank_global(
+    scores: Mapping[str, Tensor], fits: Fits, *, floors: Counts | None = None, round_to: int = 1
+) -> dict[str, Tensor]:
+    """One ranking over all groups: the fewest lowest units go so that the rest fits, then what still fits comes back.
+
+    Args:
+        scores: group -> (C,).
+        fits: says of channel counts per group whether they are within the budget; fewer never fit worse.
+        floors: group -> least number of channels, default 1.
+        round_to: channel counts become multiples of it where the group allows.
+
+    Returns:
+        group -> (C,) bool, True = keep.
+
+    Raises:
+        NonFiniteScore: if a score is NaN or infinite.
+        UnmeetableBudget: if even the floors do not fit.
+    """
+    check_finite(scores)
+    names = list(scores)
+    sizes = {name: len(scores[name]) for name in names}
+    least = {name: max(1, min(sizes[name], (floors or {}).get(name, 1))) for name in names}
+    order = {name: torch.sort(scores[name].detach().double().cpu(), stable=True) for name in names}
+    # a group's units go in ascending order; those its floor holds back are not in the list
+    owner = torch.cat([torch.full((sizes[n] - least[n],), i) for i, n in enumerate(names)])
+    values = torch.cat([order[n].values[: sizes[n] - least[n]] for n in names])
+    sequence = owner[torch.sort(values, stable=True).indices]
+
+    def counts(removed: int) -> dict[str, int]:
+        gone = torch.bincount(sequence[:removed], minlength=len(names)).tolist()
+        return {
+            n: max(least[n], round_count(sizes[n] - k, sizes[n], round_to)) for n, k in zip(names, gone, strict=True)
+        }
+
+    low, high = 0, len(sequence)
+    if not fits(counts(high)):
+        raise UnmeetableBudget("even the fewest channels allowed do not fit")
+    while low < high:
+        middle = (low + high) // 2
+        if fits(counts(middle)):
+            high = middle
+        else:
+            low = middle + 1
+    kept = counts(low)
+    for i in sequence[:low].flip(0).tolist():
+        _give_back(kept, names[i], sizes[names[i]], round_to, fits)
+    return {n: _top(order[n].indices, kept[n]) for n in names}
+
+
+def rank_uniform(
+    scores: Mapping[str, Tensor],
+    fits: Fits,
+    *,
+    dense: Counts,
+    keep: Mapping[str, float] | None = None,
+    floors: Counts | None = None,
+    round_to: int = 1,
+) -> dict[str, Tensor]:
+    """Each group keeps the same fraction of its dense channels, solved for the budget.
+
+    Args:
+        scores: group -> (C,).
+        fits: as in `rank_global`.
+        dense: group -> channels of the dense model, which the fraction is of.
+        keep: group -> its own fraction instead of the common one.
+        floors: group -> least number of channels, default 1.
+        round_to: channel counts become multiples of it where the group allows.
+
+    Returns:
+        group -> (C,) bool, True = keep. A group keeps ``floor(fraction * dense)``; what then still fits is given one
+        channel at a time to the groups that lost most by rounding.
+
+    Raises:
+        NonFiniteScore: if a score is NaN or infinite.
+        UnmeetableBudget: if even the floors do not fit.
+    """
+    check_finite(scores)
+    own = dict(keep or {})
+    sizes = {name: len(score) for name, score in scores.items()}
+
+    def wanted(name: str, fraction: float) -> float:
+        return min(float(sizes[name]), own.get(name, fraction) * dense[name])
+
+    def counts(fraction: float) -> dict[str, int]:
+        return {
+            n: max(
+                min(sizes[n], (floors or {}).get(n, 1)),
+                round_count(max(1, int(wanted(n, fraction) + 1e-9)), sizes[n], round_to),
+            )
+            for n in sizes
+        }
+
+    if not fits(counts(0.0)):
+        raise UnmeetableBudget("even the fewest channels allowed do not fit")
+    low, high = 0.0, 1.0
+    if fits(counts(1.0)):
+        low = 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(counts(middle)) else (low, middle)
+    kept = counts(low)
+    by_loss = sorted(sizes, key=lambda n: kept[n] - wanted(n, low))
+    for name in by_loss:
+        if name not in own:
+            _give_back(kept, name, sizes[name], round_to, fits)
+    return {n: top_mask(score.detach().double().cpu(), kept[n]) for n, score in scores.items()}
+
+
+def _give_back(kept: dict[str, int], name: str, size: int, step: int, fits: Fits) -> None:
+    more = min(size, kept[name] + step)
+    if more > kept[name] and (more % step == 0 or more == size) and fits({**kept, name: more}):
+        kept[name] = more
+
+
+def _top(ascending: Tensor, n: int) -> Tensor:
+    mask = torch.zeros(len(ascending), dtype=torch.bool)
+    mask[ascending[len(ascending) - n :]] = True
+    return mask
+
+
+def rank_weights(
+    scores: Mapping[str, Tensor], allowance: float, *, price: Mapping[str, float] | None = None, scope: str = "global"
+) -> dict[str, Tensor]:
+    """Keep as many of the best weights as an allowance pays for.
+
+    Args:
+        scores: parameter -> scores in its shape; -inf marks a weight that may not stay.
+        allowance: what the weights kept may cost together; with prices of 1, their number.
+        price: parameter -> what one of its weights costs (its layer's flops per weight, say); 1 by default.
+        scope: "global", one ranking over all parameters, or "layer", the same fraction of each.
+
+    Returns:
+        parameter -> bool mask, True = keep, of exact count: one more weight would not be paid for.
+
+    Raises:
+        NonFiniteScore: if a score is NaN or +inf.
+        UnmeetableBudget: if the allowance is negative.
+    """
+    for name, score in scores.items():
+        if torch.isnan(score).any() or torch.isposinf(score).any():
+            raise NonFiniteScore(f"scores of {name!r} are NaN or infinite; look at its weights")
+    prices = {name: 1.0 if price is None else price[name] for name in scores}
+    if allowance < 0:
+        raise UnmeetableBudget("the weights that stay whatever happens cost more than the budget")
+    if scope == "layer":
+        return _weights_by_layer(scores, allowance, prices)
+    names = list(scores)
+    flat = torch.cat([scores[n].detach().reshape(-1).float() for n in names])
+    order = torch.sort(flat, stable=True).indices.flip(0)  # best first; of equal ones the higher index
+    alive = ~torch.isneginf(flat[order])
+    cost = torch.cat([torch.full((scores[n].numel(),), prices[n], dtype=torch.float64) for n in names])
+    spent = torch.cumsum(cost.to(order.device)[order], 0)
+    chosen = order[(spent <= allowance * (1 + 1e-12)) & alive]
+    mask = torch.zeros(len(flat), dtype=torch.bool, device=flat.device)
+    mask[chosen] = True
+    parts = mask.split([scores[n].numel() for n in names])
+    return {n: part.reshape(scores[n].shape) for n, part in zip(names, parts, strict=True)}
+
+
+def _weights_by_layer(
+    scores: Mapping[str, Tensor], allowance: float, prices: Mapping[str, float]
+) -> dict[str, Tensor]:
+    total = sum(prices[n] * s.numel() for n, s in scores.items())
+    fraction = min(1.0, allowance / total) if total else 0.0
+    exact = {n: fraction * s.numel() for n, s in scores.items()}
+    kept = {n: int(e + 1e-9) for n, e in exact.items()}
+    left = allowance - sum(prices[n] * k for n, k in kept.items())
+    for n in sorted(kept, key=lambda name: kept[name] - exact[name]):
+        if prices[n] <= left * (1 + 1e-12) and kept[n] < scores[n].numel():
+            kept[n] += 1
+            left -= prices[n]
+    return {n: top_mask(s, kept[n]) for n, s in scores.items()}

@@ -1,0 +1,144 @@
+import sys
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from matplotlib.colors import to_hex
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lightning_prune.figures import BLUE, PALE, architecture_figure, curve_figure, log_figure, log_histogram
+
+ROWS = (
+    {"step": 10, "prune/event": 1, "prune/flops_kept": 0.8, "prune/density": 0.9},
+    {"step": 15, "prune/event": 1, "prune/flops_kept": 0.8, "prune/density": 0.9},
+    {"step": 20, "prune/event": 2, "prune/flops_kept": 0.5, "prune/density": 0.7},
+)
+
+
+def bars(figure, colour):
+    """Lengths of the bars of one colour, from the top of the picture to its foot."""
+    axes = figure.axes[0]
+    drawn = [bar for bar in axes.patches if to_hex(bar.get_facecolor()).upper() == colour]
+    return [bar.get_width() for bar in sorted(drawn, key=lambda bar: -axes.transData.transform((0, bar.get_y()))[1])]
+
+
+def stored(folder):
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return events
+
+
+def test_architecture_draws_kept_over_dense_with_the_first_group_on_top():
+    figure = architecture_figure({"stem": 16, "stage1": 32}, {"stage1": 8, "stem": 12})
+    assert bars(figure, PALE) == [16, 32]
+    assert bars(figure, BLUE) == [12, 8]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["stem", "stage1"]
+
+
+def test_architecture_writes_the_counts_and_their_total():
+    figure = architecture_figure({"stem": 16, "stage1": 32}, {"stem": 12, "stage1": 8})
+    assert [text.get_text() for text in figure.axes[0].texts] == ["12 / 16", "8 / 32"]
+    # 20 of 48 is 41.7 %.
+    assert figure.get_suptitle() == "Channels kept per group: 20 of 48 (42%)"
+
+
+@pytest.mark.parametrize("groups", [5, 60])
+def test_architecture_keeps_rows_apart_however_many_groups(groups):
+    figure = architecture_figure({f"g{i}": 8 for i in range(groups)}, {f"g{i}": 4 for i in range(groups)})
+    figure.canvas.draw()
+    labels = [label.get_window_extent() for label in figure.axes[0].get_yticklabels()]
+    # Pixels grow upwards, so each label's foot must be above the next one's head.
+    assert all(upper.y0 > lower.y1 for upper, lower in pairwise(labels))
+
+
+def test_architecture_shortens_a_long_name_in_its_middle():
+    name = "encoder." + "x" * 60 + ".conv"
+    figure = architecture_figure({name: 8}, {name: 8})
+    text = figure.axes[0].get_yticklabels()[0].get_text()
+    assert len(text) <= 40
+    assert text.startswith("encoder.")
+    assert text.endswith(".conv")
+
+
+def test_architecture_refuses_groups_that_do_not_match():
+    with pytest.raises(ValueError, match=r"only one of them has \['a', 'b'\]"):
+        architecture_figure({"a": 1, "c": 1}, {"b": 1, "c": 1})
+    with pytest.raises(ValueError, match="at least one group"):
+        architecture_figure({}, {})
+
+
+def test_curve_starts_at_one_and_steps_down_at_each_row():
+    lines = {line.get_label(): line for line in curve_figure(ROWS).axes[0].lines}
+    flops = lines["flops: 0.500"]
+    assert list(flops.get_xdata()) == [0, 10, 15, 20, 20]
+    assert list(flops.get_ydata()) == [1, 0.8, 0.8, 0.5, 0.5]
+    assert flops.get_drawstyle() == "steps-post"
+    assert "density: 0.700" in lines
+    assert not any(label.startswith("params") for label in lines)
+
+
+def test_curve_marks_events_where_their_count_rises_and_nowhere_else():
+    # Three rows, but the one at step 15 is an epoch's end without an event.
+    axes = curve_figure(ROWS).axes[0]
+    upright = [line for line in axes.lines if list(line.get_ydata()) == [0, 1] and len(set(line.get_xdata())) == 1]
+    assert [line.get_xdata()[0] for line in upright] == [10, 20]
+    assert "prune events: 2" in [line.get_label() for line in axes.lines]
+
+
+def test_curve_refuses_rows_that_hold_nothing_to_draw():
+    with pytest.raises(ValueError, match="got 0 rows"):
+        curve_figure([])
+    with pytest.raises(ValueError, match="got 1 rows"):
+        curve_figure([{"step": 3, "prune/params": 17}])
+    with pytest.raises(ValueError, match="holds numbers, got 'half'"):
+        curve_figure([{"step": 3, "prune/density": "half"}])
+
+
+def test_figures_are_drawn_without_pyplot(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # its import now raises
+    figure = architecture_figure({"a": 2}, {"a": 1})
+    figure.canvas.draw()
+    assert figure.canvas.buffer_rgba().shape[1] == 960
+
+
+def test_tensorboard_gets_figures_and_histograms_and_other_loggers_are_passed_over(tmp_path):
+    tensorboard, csv = TensorBoardLogger(tmp_path, name="tb"), CSVLogger(tmp_path, name="csv")
+    log_figure([csv, tensorboard], "prune/architecture", architecture_figure({"a": 2}, {"a": 1}), step=7)
+    log_histogram([csv, tensorboard], "prune/score/a", torch.tensor([1.0, float("nan"), 3.0, float("inf")]), step=7)
+    tensorboard.finalize("success")
+    events = stored(tensorboard.log_dir)
+    assert [image.step for image in events.Images("prune/architecture")] == [7]
+    histogram = events.Histograms("prune/score/a")[0]
+    assert histogram.step == 7
+    # Of the four values two are finite: 1 and 3.
+    value = histogram.histogram_value
+    assert (value.num, value.min, value.max) == (2, 1, 3)
+
+
+def test_a_histogram_of_nothing_finite_is_not_logged(tmp_path):
+    tensorboard = TensorBoardLogger(tmp_path)
+    log_histogram([tensorboard], "prune/score/a", torch.tensor([float("nan")]), step=1)
+    tensorboard.experiment.add_scalar("other", 1.0, 1)
+    tensorboard.finalize("success")
+    assert stored(tensorboard.log_dir).Tags()["histograms"] == []
+
+
+@pytest.mark.parametrize(("rank", "logged"), [(0, ["figure", "histogram"]), (1, [])])
+def test_only_the_first_process_logs(rank, logged, monkeypatch):
+    calls = []
+
+    class Experiment:
+        def add_figure(self, tag, figure, step):
+            calls.append("figure")
+
+        def add_histogram(self, tag, values, step):
+            calls.append("histogram")
+
+    monkeypatch.setattr(rank_zero_only, "rank", rank)
+    logger = SimpleNamespace(experiment=Experiment())
+    log_figure([logger], "prune/architecture", architecture_figure({"a": 2}, {"a": 1}), step=7)
+    log_histogram([logger], "prune/score/a", torch.ones(3), step=7)
+    assert calls == logged

@@ -1,0 +1,181 @@
+import math
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from jsonargparse import auto_cli
+
+from lightning_prune.errors import NoEvent
+from lightning_prune.schedule import CURVES, Event, Gradual, Iterative, OneShot, Schedule, cosine, cubic, polynomial
+
+
+def steps(events):
+    return [event.step for event in events]
+
+
+def progresses(events):
+    return [event.progress for event in events]
+
+
+@pytest.mark.parametrize("curve", CURVES.values(), ids=CURVES)
+def test_curve_runs_from_zero_to_exactly_one_and_never_falls(curve):
+    values = [curve(i / 100) for i in range(101)]
+    assert values[0] == 0
+    assert values[-1] == 1
+    assert values == sorted(values)
+
+
+@pytest.mark.parametrize(("tau", "sparsity"), [(0.1, 0.2439), (0.25, 0.5203125), (0.5, 0.7875), (1.0, 0.9)])
+def test_cubic_gives_the_sparsities_of_zhu_and_gupta(tau, sparsity):
+    # eq. 1 with s_i = 0, s_f = 0.9: s = 0.9 * (1 - (1 - tau)**3); tau 0.5: 0.9 * (1 - 0.125) = 0.7875
+    assert 0.9 * cubic(tau) == pytest.approx(sparsity)
+
+
+def test_curves_differ_where_their_names_say():
+    # at a quarter: linear 1/4, cosine (1 - sqrt(1/2)) / 2, cubic 1 - 27/64
+    assert CURVES["linear"](0.25) == 0.25
+    assert cosine(0.25) == pytest.approx((1 - math.sqrt(0.5)) / 2)
+    assert cubic(0.25) == 37 / 64
+    assert polynomial(0.25, 1.0) == 0.25
+
+
+def test_one_shot_is_one_event_with_all_progress():
+    assert OneShot(0.25).resolve(100, 10) == (Event(25, 1.0),)
+    assert OneShot(7, unit="step").resolve(None, None) == (Event(7, 1.0),)
+    assert OneShot(1.5, unit="epoch").resolve(100, 10) == (Event(15, 1.0),)
+
+
+def test_step_zero_is_before_the_first_training_step():
+    assert OneShot(0.0).resolve(100, 10) == (Event(0, 1.0),)
+
+
+def test_iterative_spreads_events_from_start_to_end_and_prunes_at_the_first():
+    # 4 events from step 10 to step 70: 20 apart; the k-th has progress k / 4
+    events = Iterative(start=0.1, end=0.7, events=4).resolve(100, 10)
+    assert steps(events) == [10, 30, 50, 70]
+    assert progresses(events) == [0.25, 0.5, 0.75, 1.0]
+
+
+def test_iterative_every_overrides_events_and_forgives_rounding():
+    # (0.7 - 0.1) / 0.2 is 2.9999999999999996, still 4 events
+    assert steps(Iterative(start=0.1, end=0.7, every=0.2).resolve(100, 10)) == [10, 30, 50, 70]
+
+
+def test_iterative_every_that_overshoots_the_end_stops_before_it_with_full_progress():
+    events = Iterative(start=2, end=9, every=3, unit="step").resolve(20, None)
+    assert steps(events) == [2, 5, 8]
+    assert progresses(events) == pytest.approx([1 / 3, 2 / 3, 1.0])
+
+
+def test_iterative_curve_shapes_the_progress():
+    # cubic at 1/2 is 7/8
+    assert progresses(Iterative(events=2, curve="cubic").resolve(100, None)) == [0.875, 1.0]
+
+
+def test_single_iterative_event_comes_at_the_end():
+    assert Iterative(start=0.1, end=0.6, events=1).resolve(10, None) == (Event(6, 1.0),)
+
+
+def test_gradual_skips_the_start_where_nothing_would_go():
+    # dt = 10: tau 1/4, 1/2, 3/4, 1; cubic 37/64, 7/8, 63/64, 1
+    events = Gradual(start=20, end=60, every=10, unit="step").resolve(100, None)
+    assert events == (Event(30, 37 / 64), Event(40, 7 / 8), Event(50, 63 / 64), Event(60, 1.0))
+
+
+def test_gradual_counts_events_and_ends_at_the_end():
+    assert steps(Gradual(start=0.0, end=0.5, events=5).resolve(100, None)) == [10, 20, 30, 40, 50]
+
+
+def test_gradual_every_that_overshoots_the_end_adds_the_end():
+    # tau of step 15 is 10/25; a shorter last distance leads to the end
+    events = Gradual(start=5, end=30, every=10, power=1, unit="step").resolve(100, None)
+    assert steps(events) == [15, 25, 30]
+    assert progresses(events) == pytest.approx([0.4, 0.8, 1.0])
+
+
+def test_events_on_one_step_become_one_with_the_largest_progress():
+    # 10 events in steps 0 to 2 of a fit of 3
+    events = Iterative(start=0.0, end=0.7, events=10).resolve(3, None)
+    assert steps(events) == [0, 1, 2]
+    assert progresses(events)[-1] == 1.0
+    assert progresses(events) == sorted(set(progresses(events)))
+
+
+def test_fraction_below_one_leaves_a_step_in_the_shortest_fit():
+    assert OneShot(0.7).resolve(1, None) == (Event(0, 1.0),)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "total", "epoch"),
+    [
+        (OneShot(1.0), 100, 10),
+        (OneShot(100, unit="step"), 100, 10),
+        (Iterative(start=1, end=10, unit="epoch"), 100, 10),
+        (OneShot(0.5), 0, None),
+    ],
+)
+def test_event_with_no_training_step_after_it_is_refused(schedule, total, epoch):
+    with pytest.raises(NoEvent, match="at least one has to follow the last event"):
+        schedule.resolve(total, epoch)
+
+
+def test_fraction_of_a_fit_without_an_end_asks_for_steps():
+    with pytest.raises(NoEvent, match="unit='step'"):
+        Gradual().resolve(None, 10)
+
+
+def test_epochs_of_unknown_length_ask_for_steps():
+    with pytest.raises(NoEvent, match="unit='step'"):
+        OneShot(1, unit="epoch").resolve(100, None)
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: OneShot(1.5), r"at must be in \[0, 1\]"),
+        (lambda: OneShot(-1, unit="step"), "at least 0"),
+        (lambda: OneShot(1.5, unit="step"), "whole number of steps"),
+        (lambda: OneShot(math.nan), "finite"),
+        (lambda: OneShot(0.5, unit="batch"), "unit must be one of fit, step, epoch"),
+        (lambda: Iterative(start=0.5, end=0.4), "start must not be after end"),
+        (lambda: Iterative(events=0), "events"),
+        (lambda: Iterative(every=0.0), "every"),
+        (lambda: Iterative(curve="sine"), "curve must be one of linear, cubic, cosine"),
+        (lambda: Gradual(start=0.5, end=0.5), "start < end"),
+        (lambda: Gradual(power=0), "power"),
+        (lambda: Event(-1, 0.5), "step"),
+        (lambda: Event(1, 1.5), "progress"),
+    ],
+)
+def test_bad_arguments_are_refused_at_once(make, match):
+    with pytest.raises(ValueError, match=match):
+        make()
+
+
+@st.composite
+def schedules(draw):
+    start, end = sorted([draw(st.floats(0, 0.99)), draw(st.floats(0, 0.99))])
+    every = draw(st.none() | st.floats(0.01, 1))
+    count = draw(st.integers(1, 50))
+    if draw(st.booleans()):
+        return Iterative(start, end, count, every, curve=draw(st.sampled_from(list(CURVES))))
+    assume(end - start > 1e-6)
+    return Gradual(start, end, every, count, power=draw(st.floats(0.5, 5)))
+
+
+@given(schedules(), st.integers(1, 10_000))
+def test_resolved_events_rise_in_step_never_fall_in_progress_and_end_at_one(schedule, total):
+    events = schedule.resolve(total, None)
+    assert steps(events) == sorted(set(steps(events)))
+    assert progresses(events) == sorted(progresses(events))
+    assert events[-1].progress == 1.0
+    assert 0 <= events[0].step <= events[-1].step < total
+
+
+def read(schedule: Schedule) -> Schedule:
+    return schedule
+
+
+def test_schedule_is_read_from_a_config_by_class_path():
+    config = '{"class_path": "lightning_prune.schedule.Gradual", "init_args": {"end": 0.5, "events": 3}}'
+    assert auto_cli(read, args=[config]) == Gradual(end=0.5, events=3)
