@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_prune.errors import TraceError
-from lightning_prune.graph.trace import as_call, place, samples, undisturbed
+from lightning_prune.graph.trace import as_call, output_tensors, place, samples, undisturbed
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,7 @@ def count(model: nn.Module, example_inputs: Any) -> Cost:
     args, kwargs = as_call(samples(place(example_inputs, model), 1))
     with undisturbed(model), _quiet(), torch.enable_grad():
         model.eval()
-        wrapped = _Keywords(model, tuple(kwargs)) if kwargs else model
-        analysis = _analysis(wrapped, (*args, *kwargs.values()))
+        analysis = _analysis(_Plain(model, len(args), tuple(kwargs)), (*args, *kwargs.values()))
         try:
             total = int(analysis.total())
             layers = analysis.by_module_and_operator()
@@ -66,9 +65,8 @@ def count(model: nn.Module, example_inputs: Any) -> Cost:
             raise TraceError(
                 f"{type(model).__name__} cannot be counted on the example input: {type(error).__name__}: {error}"
             ) from error
-    prefix = "model." if kwargs else ""
     by_layer = {
-        name.removeprefix(prefix): {op: int(n) for op, n in row.items()}
+        name.removeprefix("model").removeprefix("."): {op: int(n) for op, n in row.items()}
         for name, row in _leaves(layers).items()
         if row
     }
@@ -87,16 +85,18 @@ def _leaves(layers: Mapping[str, Mapping[str, float]]) -> dict[str, Counter[str]
     return {name: +row for name, row in own.items()}
 
 
-class _Keywords(nn.Module):
-    """fvcore takes positional inputs alone."""
+class _Plain(nn.Module):
+    """fvcore takes positional inputs alone, and follows no outputs but tensors in tuples."""
 
-    def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
+    def __init__(self, model: nn.Module, positional: int, names: tuple[str, ...]) -> None:
         super().__init__()
         self.model = model
+        self.positional = positional
         self.names = names
 
-    def forward(self, *values: Any) -> Any:
-        return self.model(**dict(zip(self.names, values, strict=True)))
+    def forward(self, *values: Any) -> tuple[Tensor, ...]:
+        args, named = values[: self.positional], values[self.positional :]
+        return tuple(output_tensors(self.model(*args, **dict(zip(self.names, named, strict=True)))))
 
 
 @contextmanager

@@ -582,7 +582,7 @@ def _indices_of_tensor(where: str, value: object, size: int) -> Tensor:
 
 
 def _mask_of_text(where: str, value: object, shape: tuple[int, ...]) -> Tensor:
-    wanted = 4 * math.ceil(math.ceil(math.prod(shape) / 8) / 3) if math.prod(shape) < 2**50 else -1
+    wanted = 4 * math.ceil(math.ceil(math.prod(shape) / 8) / 3)
     if not isinstance(value, str) or len(value) != wanted:
         raise ValueError(f"{where} must be base64 text of one bit per entry of shape {shape}")
     try:

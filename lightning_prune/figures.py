@@ -4,7 +4,7 @@ Figures are made without pyplot, so that they need no display and leave no state
 which hold up in every common form of colour blindness and in grey.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
@@ -108,10 +108,10 @@ def curve_figure(rows: Sequence[Mapping[str, object]]) -> Figure:
 
 
 @rank_zero_only
-def log_figure(loggers: Iterable[Logger], tag: str, figure: Figure, step: int) -> None:
+def log_figure(loggers: Iterable[Logger], tag: str, figure: Figure | Callable[[], Figure], step: int) -> None:
     """Hand the figure to every logger that takes figures, as TensorBoard's does; on the first process only."""
     for experiment in _experiments(loggers, "add_figure"):
-        experiment.add_figure(tag, figure, step)
+        experiment.add_figure(tag, figure() if callable(figure) else figure, step)
 
 
 @rank_zero_only

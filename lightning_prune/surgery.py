@@ -25,7 +25,7 @@ from lightning_prune.decision import Plan
 from lightning_prune.errors import IncompatibleCheckpoint, UnsafeCut
 from lightning_prune.graph import groups as _groups
 from lightning_prune.graph.groups import ChannelGraph
-from lightning_prune.graph.trace import as_call, output_tensors, place, samples, undisturbed
+from lightning_prune.graph.trace import output_tensors, run, undisturbed
 from lightning_prune.masks import zero_coordinates
 from lightning_prune.optimizers import Cut, check, follow
 from lightning_prune.report import Report
@@ -279,23 +279,21 @@ def prove(operation: _Operation, example_inputs: Any, training: bool = True, tol
         UnsafeCut: and then nothing has changed.
     """
     model = operation.model
-    inputs = place(example_inputs, model)
     try:
         with undisturbed(model):
             with operation.trial_values():
                 operation.zero()
-                expected = _outputs(model, inputs)
+                expected = _outputs(model, example_inputs)
                 operation.undo()
                 operation.apply()
-                got = _outputs(model, inputs)
+                got = _outputs(model, example_inputs)
             operation.undo()
             worst = _compare(expected, got, tolerance)
             operation.apply()
         if training:
             with undisturbed(model):
                 model.train()
-                args, kwargs = as_call(samples(inputs, 2))
-                model(*args, **kwargs)
+                run(model, example_inputs, 2)
     except UnsafeCut:
         operation.undo()
         raise
@@ -314,15 +312,14 @@ def difference(model: nn.Module, plan: Plan, example_inputs: Any) -> float:
     The model is left as it was. Norms across channels are left as they are, so that the figure is what a user sees.
     """
     operation = _Operation(model, plan, _applied.get(model) or Plan())
-    inputs = place(example_inputs, model)
     with undisturbed(model):
         try:
             with operation.trial_values():
                 operation.zero()
-                expected = _outputs(model, inputs, stand_in=False)
+                expected = _outputs(model, example_inputs, stand_in=False)
                 operation.undo()
                 operation.apply()
-                got = _outputs(model, inputs, stand_in=False)
+                got = _outputs(model, example_inputs, stand_in=False)
         finally:
             operation.undo()
     return _compare(expected, got, float("inf"))
@@ -330,9 +327,8 @@ def difference(model: nn.Module, plan: Plan, example_inputs: Any) -> float:
 
 def _outputs(model: nn.Module, inputs: Any, stand_in: bool = True) -> list[Tensor]:
     model.eval()
-    args, kwargs = as_call(samples(inputs, 1))
     with _ZeroBlindNorms() if stand_in else nullcontext():
-        return [t for t in output_tensors(model(*args, **kwargs)) if t.is_floating_point()]
+        return [t for t in output_tensors(run(model, inputs, 1)) if t.is_floating_point()]
 
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -446,8 +442,16 @@ def conform(model: nn.Module, state_dict: Mapping[str, Any] | Plan, plan: Plan |
     return model
 
 
-def reshape_like(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], plan: Plan | None) -> list[str]:
+def reshape_like(
+    model: nn.Module, shapes: Mapping[str, tuple[int, ...]], plan: Plan | None, dense_again: bool = False
+) -> list[str]:
     """Exchange storages where shapes differ; returns the names of the tensors that changed.
+
+    Args:
+        model: dense, or cut.
+        shapes: what is wanted, by parameter and buffer name.
+        plan: the plan those shapes come from, if it is known.
+        dense_again: the shapes are known to be of the dense model, which a cut one grows back to.
 
     Raises:
         IncompatibleCheckpoint: if a tensor has another number of dimensions, or the plan contradicts the shapes.
@@ -458,18 +462,18 @@ def reshape_like(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], plan: 
         now = tuple(tensors[name].shape)
         if len(shape) != len(now) or 0 in shape:
             raise IncompatibleCheckpoint(f"{name!r} has shape {now} in the model and {shape} in the state")
-        if plan is None and any(s > n for s, n in zip(shape, now, strict=True)) and _applied.get(model) is None:
+        if (plan is None or dense_again) and any(s > n for s, n in zip(shape, now, strict=True)) and _applied.get(model) is None:
             raise IncompatibleCheckpoint(
                 f"{name!r} has shape {now} in the model and the larger {shape} in the state, which pruning never makes"
             )
-        if plan is not None and (name not in plan.shapes or plan.current_shape(name) != tuple(shape)):
+        if plan is not None and not dense_again and (name not in plan.shapes or plan.current_shape(name) != tuple(shape)):
             told = plan.current_shape(name) if name in plan.shapes else now
             raise IncompatibleCheckpoint(f"{name!r} has shape {shape} in the state, but its plan says {told}")
     owners = {name.rpartition(".")[0] for name in changed}
     with torch.no_grad():
         for name, shape in changed.items():
             tensor = tensors[name]
-            dense = plan is not None and tuple(tensor.shape) == plan.shapes[name]
+            dense = plan is not None and tuple(tensor.shape) == plan.shapes.get(name)
             kept = (plan.kept.get(name) or plan.buffers.get(name) or {}) if plan is not None else {}
             new = _select(tensor.detach(), kept) if dense else _resized(tensor.detach(), shape)
             tensor.grad = None
@@ -526,3 +530,28 @@ def told_from_shape(module: nn.Module) -> None:
 def applied(model: nn.Module) -> Plan:
     """The plan a model has been cut to; an empty one if it was not."""
     return _applied.get(model) or Plan()
+
+
+def compose(previous: Plan, step: Plan) -> Plan:
+    """Two plans, one after the other, as one of the dense model.
+
+    Args:
+        previous: what the model was cut to, in indices of the dense model.
+        step: what is cut next, in indices of the model as it is now.
+    """
+    shapes = {**{n: s for n, s in step.shapes.items() if n not in previous.shapes}, **previous.shapes}
+    composed: list[dict[str, dict[int, Tensor]]] = []
+    for before, now in ((previous.kept, step.kept), (previous.buffers, step.buffers)):
+        out = {name: dict(dims) for name, dims in before.items()}
+        for name, dims in now.items():
+            for dim, kept in dims.items():
+                earlier = out.setdefault(name, {}).get(dim)
+                out[name][dim] = kept if earlier is None else earlier[kept]
+        composed.append(out)
+    attributes = {name: dict(values) for name, values in previous.attributes.items()}
+    for name, values in step.attributes.items():
+        attributes.setdefault(name, {}).update(values)
+    groups = dict(previous.groups)
+    for name, (kept_count, size) in step.groups.items():
+        groups[name] = (kept_count, previous.groups[name][1] if name in previous.groups else size)
+    return Plan(kept=composed[0], buffers=composed[1], shapes=shapes, attributes=attributes, groups=groups)

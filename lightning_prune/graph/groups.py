@@ -7,7 +7,7 @@ often, are a *group*; ranking chooses among the channels of a group, or of all g
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -129,6 +129,8 @@ class ChannelGraph:
         suspects: groups whose size the model's own code may hold as a number, before that is tried.
         resized: module attributes that follow a cut.
         shapes: shapes of parameters and buffers when traced.
+        weights: parameters with more than one dimension that a layer multiplies with: what weight methods may mask.
+        weight_terms: per term of the flops, the parameter it multiplies with.
         has_training_branch: whether layers run in train mode that do not in eval mode (auxiliary heads).
     """
 
@@ -140,6 +142,8 @@ class ChannelGraph:
     suspects: frozenset[str]
     resized: tuple[Resized, ...]
     shapes: Mapping[str, tuple[int, ...]]
+    weights: tuple[str, ...] = ()
+    weight_terms: tuple[str | None, ...] = ()
     has_training_branch: bool = False
     _by_name: dict[str, int] = field(init=False, repr=False)
 
@@ -255,8 +259,58 @@ class ChannelGraph:
             self.suspects - set(names),
             self.resized,
             self.shapes,
+            self.weights,
+            self.weight_terms,
             self.has_training_branch,
         )
+
+    def weight_flops(self) -> dict[str, int]:
+        """Flops that each weight's layers cost, for one sample."""
+        sizes = self.costs.base + self.costs.per_group @ self.costs.dense
+        flops = self.costs.flop_coefficients * sizes[self.costs.flop_sizes].prod(axis=1)
+        out = dict.fromkeys(self.weights, 0)
+        for name, n in zip(self.weight_terms, flops.tolist(), strict=True):
+            if name in out:
+                out[name] += n
+        return out
+
+    def after(self, plan: Plan) -> ChannelGraph:
+        """The graph of the model once a plan of this graph is applied, without tracing again.
+
+        Args:
+            plan: made by `plan` of this graph.
+        """
+        places: dict[tuple[str, int], Tensor] = {}
+        for name, dims in {**plan.kept, **plan.buffers}.items():
+            for dim, kept in dims.items():
+                place = torch.full((self.shapes[name][dim],), -1, dtype=torch.long)
+                place[kept] = torch.arange(len(kept))
+                places[name, dim] = place
+
+        def moved(name: str, dim: int, indices: Tensor) -> Tensor:
+            if (name, dim) not in places:
+                return indices
+            new = places[name, dim][indices]
+            return new[(new >= 0).all(dim=1)]
+
+        groups = []
+        for group in self.groups:
+            members = tuple(Member(m.name, m.dim, moved(m.name, m.dim, m.indices), m.is_buffer) for m in group.members)
+            producers = tuple(
+                replace(
+                    p,
+                    indices=moved(p.weight, p.dim, p.indices),
+                    norms=tuple(Norm(n.gamma, n.beta, moved(n.gamma, 0, n.indices)) for n in p.norms),
+                )
+                for p in group.producers
+            )
+            consumers = tuple(replace(c, indices=moved(c.weight, c.dim, c.indices)) for c in group.consumers)
+            groups.append(
+                replace(group, size=len(members[0].indices), members=members, producers=producers, consumers=consumers)
+            )
+        shapes = {name: plan.current_shape(name) if name in plan.shapes else s for name, s in self.shapes.items()}
+        costs = replace(self.costs, dense=self.counts(plan))
+        return replace(self, groups=tuple(groups), costs=costs, shapes=shapes)
 
     # -- words --------------------------------------------------------------------------------------------------------
 
@@ -326,7 +380,20 @@ def build(model: nn.Module, example_inputs: Any, records: Records) -> ChannelGra
         frozenset(suspects),
         tuple(resized),
         {name: tuple(t.shape) for named in (model.named_parameters(), model.named_buffers()) for name, t in named},
+        _weights(model, records),
+        tuple(term.weight for term in records.terms),
         records.has_training_branch,
+    )
+
+
+def _weights(model: nn.Module, records: Records) -> tuple[str, ...]:
+    """Weights that layers multiply with, in the model's order; not those of norms and embeddings."""
+    no = {layer.weight for layer in records.layers if layer.kind in ("norm", "embedding")}
+    yes = {term.weight for term in records.terms}
+    return tuple(
+        name
+        for name, p in model.named_parameters()
+        if p.ndim > 1 and name in records.touched and name not in no and (name in yes or "weight" in name.rpartition(".")[2])
     )
 
 
@@ -627,6 +694,17 @@ _ATTRIBUTES = {
 }
 
 
+_HELD = (
+    ("out_features", "weight", 0),
+    ("in_features", "weight", 1),
+    ("embedding_dim", "weight", 1),
+    ("num_channels", "weight", 0),
+    ("normalized_shape", "weight", 0),
+    ("num_features", "weight", 0),
+    ("num_features", "running_mean", 0),
+)
+
+
 def _costs(
     model: nn.Module,
     records: Records,
@@ -695,9 +773,9 @@ def _resized(model: nn.Module, records: Records, size: Any) -> list[Resized]:
     modules = dict(model.named_modules())
     out: dict[tuple[str, str], Resized] = {}
     for layer in records.layers:
-        owner = layer.weight.rpartition(".")[0] if layer.weight else None
-        module = modules.get(owner) if owner is not None else None
-        if module is None or owner is None:
+        owner = layer.module if layer.weight is None else _owner(layer.weight)
+        module = modules.get(owner)
+        if module is None:
             continue
         into: Dim | None = layer.into
         for attribute, which in _ATTRIBUTES[layer.kind]:
@@ -710,4 +788,21 @@ def _resized(model: nn.Module, records: Records, size: Any) -> list[Resized]:
         if layer.groups > 1 and getattr(module, "groups", None) == layer.groups and layer.whole_groups:
             ids = layer.out.reshape(layer.groups, -1)[:, 0].copy()
             out.setdefault((owner, "groups"), Resized(owner, "groups", size(ids)))
+    # what no layer record told: tied weights, norms without a weight, norms over dimensions flattened into one
+    slots = {(slot.name, slot.dim): slot for slot in records.slots}
+    names = {id(t): name for named in (model.named_parameters(), model.named_buffers()) for name, t in named}
+    for owner, module in modules.items():
+        for attribute, key, dim in _HELD:
+            tensor = module._parameters.get(key, module._buffers.get(key))
+            slot = slots.get((names.get(id(tensor), ""), dim))
+            value = getattr(module, attribute, None)
+            value = value[0] if isinstance(value, (tuple, list)) and len(value) == 1 else value
+            if slot is not None and value == slot.size and (owner, attribute) not in out:
+                ids = np.arange(slot.offset, slot.offset + slot.size)
+                out[owner, attribute] = Resized(owner, attribute, size(ids))
     return list(out.values())
+
+
+def _owner(weight: str) -> str:
+    """Path of the module that a weight is of, be it held as it is or through a parametrisation."""
+    return weight.partition(".parametrizations.")[0] if ".parametrizations." in weight else weight.rpartition(".")[0]

@@ -171,7 +171,7 @@ def _convolution(
         made, whole, depthwise = _grouped(t, x, w, read, per_out, per_in, transposed, groups)
     spatial = x.shape[2:] if transposed else out.shape[2:]
     constant = int(np.prod(w.shape[2:], dtype=np.int64) * np.prod(spatial, dtype=np.int64)) * out.shape[0]
-    t.flops("conv", constant, [wi.dims[0], wi.dims[1]])
+    t.flops("conv", constant, [wi.dims[0], wi.dims[1]], wi.param)
     source = None
     ids = _only(made)
     if ids is not None:
@@ -240,7 +240,7 @@ def _linear(t: Tracer, name: str, out: Tensor, *args: Any, **kwargs: Any) -> Non
     lead = xi.dims[:-1]
     if wi.param is None and xi.param is not None:  # weight @ activation
         t.suspect([xi.dims[0]])
-    t.flops("linear" if wi.param else "matmul", 1, [*_numel(t, x), makes or untracked(_width(w, name))])
+    t.flops(_product(t, "linear"), 1, [*_numel(t, x), makes or untracked(_width(w, name))], wi.param)
     source = None
     ids = _only(makes)
     if ids is not None and wi.param is not None:
@@ -250,6 +250,12 @@ def _linear(t: Tracer, name: str, out: Tensor, *args: Any, **kwargs: Any) -> Non
         dims = [t.same(a, b, "a linear layer's bias") if b and a else a for a, b in zip(
             dims, broadcast(t, name, [bias], out.ndim), strict=True)]  # fmt: skip
     t.set(out, [d if d else untracked(n) for d, n in zip(dims, out.shape, strict=True)], source)
+
+
+def _product(t: Tracer, otherwise: str) -> str:
+    """Name of a matrix product, as fvcore says it: that of the function the model called."""
+    name = t.call.name.strip("_").removeprefix("r")  # x @ w is __matmul__, or __rmatmul__
+    return name if name in ("matmul", "mm", "bmm", "addmm", "einsum") else otherwise
 
 
 def _width(w: Tensor, name: str) -> int:
@@ -277,7 +283,8 @@ def _bmm(t: Tracer, name: str, out: Tensor, *args: Any, **kwargs: Any) -> None:
     lead = [t.same(x, y, "a batched matrix product") if x and y else x or y
             for x, y in zip(ai.dims[:-2], bi.dims[:-2], strict=True)]  # fmt: skip
     dims = [*lead, ai.dims[-2], bi.dims[-1]]
-    t.flops("matmul", 1, [*dims, ai.dims[-1]])
+    if name == "bmm":  # fvcore does not know the others
+        t.flops(_product(t, "bmm"), 1, [*dims, ai.dims[-1]])
     if name == "baddbmm":
         dims = [t.same(x, y, "'baddbmm'") if y else x
                 for x, y in zip(dims, broadcast(t, name, [tensors[0]], 3), strict=True)]  # fmt: skip
@@ -322,10 +329,12 @@ def _batch_norm(t: Tracer, name: str, out: Any, x: Tensor, *args: Any, **kwargs:
         else:
             t.freeze(t.info(tensor).dims, "it normalises one channel")
     marked = t.call.name == "instance_norm"
-    scale = (5 if weight is not None else 4) if marked else (2 if weight is not None else 1)
-    t.flops("norm", scale, [channels if i == 1 else d for i, d in enumerate(_numel(t, x))])
+    over_batch = next((a for a in args if isinstance(a, bool)), name.startswith("_batch_norm_with_update"))
+    affine = weight is not None
+    scale = (5 if affine else 4) if marked or over_batch else (2 if affine else 1)
+    t.flops("instance_norm" if marked else "batch_norm", scale, [channels if i == 1 else d for i, d in enumerate(_numel(t, x))])
     ids = _only(channels)
-    if ids is not None and weight is not None:
+    if ids is not None:
         t.layer(LayerRecord("norm", t.module, ids, None, _param(t, weight), _param(t, bias), source=xi.source))
     dims = [channels if i == 1 else d for i, d in enumerate(xi.dims)]
     t.set(_outputs(out)[0], [d if d else untracked(n) for d, n in zip(dims, x.shape, strict=True)])
@@ -348,7 +357,7 @@ def _layer_norm(t: Tracer, name: str, out: Any, x: Tensor, shape: Sequence[int],
     t.inexact(dims[len(dims) - len(shape) :], "a norm runs across it")
     t.suspect(dims[len(dims) - len(shape) :])
     if name == "native_layer_norm":
-        t.flops("norm", 5 if weight is not None else 4, _numel(t, x))
+        t.flops("layer_norm", 5 if weight is not None else 4, _numel(t, x))
     ids = _only(dims[-1])
     if ids is not None and weight is not None and len(shape) == 1:
         bias = args[1] if len(args) > 1 and isinstance(args[1], Tensor) else None
@@ -373,7 +382,7 @@ def _group_norm(t: Tracer, name: str, out: Any, x: Tensor, weight: Tensor | None
         t.suspect([channels])
     else:
         t.freeze([channels], "its group norm has one channel a group, as many as the module says")
-    t.flops("norm", 5 if weight is not None else 4, [channels if i == 1 else d for i, d in enumerate(_numel(t, x))])
+    t.flops("group_norm", 5 if weight is not None else 4, [channels if i == 1 else d for i, d in enumerate(_numel(t, x))])
     only = _only(channels)
     if only is not None and weight is not None:
         t.layer(LayerRecord("norm", t.module, only, None, _param(t, weight), _param(t, bias), source=xi.source))
@@ -411,9 +420,9 @@ for _n, _names in {
 }.items():
     for _name in _names.split():
         RULES[_name] = _spatial(_n)
-RULES["_adaptive_avg_pool2d"] = _spatial(2, "pool", input_scale=1)
-RULES["upsample_nearest2d"] = _spatial(2, "upsample", output_scale=1)
-RULES["upsample_bilinear2d"] = _spatial(2, "upsample", output_scale=4)
+RULES["_adaptive_avg_pool2d"] = _spatial(2, "adaptive_avg_pool2d", input_scale=1)
+RULES["upsample_nearest2d"] = _spatial(2, "upsample_nearest2d", output_scale=1)
+RULES["upsample_bilinear2d"] = _spatial(2, "upsample_bilinear2d", output_scale=4)
 
 
 @rule("grid_sampler_2d")
@@ -723,7 +732,7 @@ def _reduction(t: Tracer, name: str, out: Any, x: Tensor, *args: Any, **kwargs: 
         t.inexact(over, f"'{name}' runs across it")
         t.suspect(over)
     if name == "mean" and t.call.name == "adaptive_avg_pool2d":
-        t.flops("pool", 1, _numel(t, x))
+        t.flops("adaptive_avg_pool2d", 1, _numel(t, x))
     _reduce(t, out, x, axes)
 
 

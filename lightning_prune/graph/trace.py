@@ -28,6 +28,12 @@ from lightning_prune.graph.labels import Dim, Ids, Info, full, ids_of, is_tracke
 _TORCH = str(Path(torch.__file__).parent)
 _HERE = str(Path(__file__).parent)
 
+# Functions of torch that multiply matrices, or pool, by operators fvcore counts, while it counts none for themselves.
+_UNCOUNTED = frozenset(
+    "lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell baddbmm addbmm mv addmv dot vdot inner "
+    "tensordot cdist adaptive_avg_pool1d".split()
+)
+
 
 @dataclass(slots=True)
 class Slot:
@@ -76,6 +82,7 @@ class Term:
     operator: str
     coefficient: int
     dims: list[Dim]
+    weight: str | None = None
 
 
 @dataclass
@@ -175,6 +182,8 @@ class Tracer(TorchDispatchMode):
         if left is right or (left is None and right is None):
             return
         if left is None or right is None:
+            if "dropout" in self.call.name:  # its noise has the size of what it multiplies
+                return
             ids = left if right is None else right
             assert ids is not None
             self._freeze(ids, f"{why} pairs it with a dimension that is not a parameter's")
@@ -185,7 +194,7 @@ class Tracer(TorchDispatchMode):
             return
         self.records.edges.append((left[known], right[known]))
         lone = ~known
-        self._freeze(np.concatenate([left[lone], right[lone]]), f"{why} pairs it with a constant")
+        self._freeze(np.concatenate([left[lone], right[lone]]), f"{why} pairs it with channels that no parameter makes (padded in, or constant)")
 
     def couple(self, ids: Ids, parts: int) -> None:
         """The same index of each of ``parts`` equal parts is one channel."""
@@ -221,9 +230,9 @@ class Tracer(TorchDispatchMode):
         self.records.layers.append(record)
         return len(self.records.layers) - 1
 
-    def flops(self, operator: str, coefficient: int, dims: Sequence[Dim]) -> None:
+    def flops(self, operator: str, coefficient: int, dims: Sequence[Dim], weight: str | None = None) -> None:
         """Add a summand to the flops; untracked sizes go into the coefficient."""
-        if not self.counting:
+        if not self.counting or self.call.name in _UNCOUNTED:
             return
         kept: list[Dim] = []
         for dim in dims:
@@ -232,10 +241,12 @@ class Tracer(TorchDispatchMode):
                     coefficient *= n
                 else:
                     kept.append(((n, ids),))
-        self.records.terms.append(Term(self.module, operator, coefficient, kept))
+        self.records.terms.append(Term(self.module, operator, coefficient, kept, weight))
 
     def _where(self) -> str:
-        """The module and the line of the model's own code that is running."""
+        """The module and the line of the model's own code that is running; nothing once the model has returned."""
+        if not self._path:
+            return ""
         frame = sys._getframe(2)
         line = ""
         while frame is not None:
@@ -264,7 +275,8 @@ class Tracer(TorchDispatchMode):
             rule = self._rules["pointwise"]
         if rule is None and name.endswith("_"):
             rule = self._rules.get(name[:-1])
-        (rule or self._rules["unknown"])(self, name, out, *args, **kwargs)
+        named = {key: value for key, value in kwargs.items() if key != "out"}  # what was written to is `out` already
+        (rule or self._rules["unknown"])(self, name, out, *args, **named)
         return out
 
     def _relaid(self, tensor: Tensor, shape: tuple[int, ...], info: Info, name: str) -> None:
@@ -324,6 +336,31 @@ def _key(tensor: Tensor) -> tuple[Any, ...]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Calls:
+    """An example input for a model without one forward: the modules that run, with what each gets."""
+
+    calls: tuple[tuple[nn.Module, tuple[Any, ...], dict[str, Any]], ...]
+
+
+def run(model: nn.Module, example_inputs: Any, count: int) -> Any:
+    """Run a model on the first sample of its example input, ``count`` times over.
+
+    Args:
+        model: what runs, unless the input is `Calls`.
+        example_inputs: see `record`.
+        count: batch size.
+    """
+    if isinstance(example_inputs, Calls):
+        out = []
+        for module, args, kwargs in example_inputs.calls:
+            args, kwargs = samples(place((args, kwargs), model), count)
+            out.append(module(*args, **kwargs))
+        return out
+    args, kwargs = as_call(samples(place(example_inputs, model), count))
+    return model(*args, **kwargs)
 
 
 def as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -400,20 +437,18 @@ def record(model: nn.Module, example_inputs: Any) -> Records:
     from lightning_prune.graph.rules import RULES
 
     records = Records()
-    inputs = place(example_inputs, model)
     ran: dict[bool, set[str]] = {}
     with undisturbed(model):
         for training, count in ((True, 2), (False, 1)):
             model.train(training)
-            args, kwargs = as_call(samples(inputs, count))
             tracer = Tracer(records, model, RULES)
             tracer.counting = not training
             first = len(records.layers)
             try:
                 with tracer.paths(), tracer.call, tracer:
-                    out = model(*args, **kwargs)
+                    out = run(model, example_inputs, count)
             except Exception as error:
-                shapes = [tuple(t.shape) for t in tree_flatten(inputs)[0] if isinstance(t, Tensor)]
+                shapes = [tuple(t.shape) for t in tree_flatten(_arguments(example_inputs))[0] if isinstance(t, Tensor)]
                 raise TraceError(
                     f"{type(model).__name__} does not run on the example input with shapes {shapes} in "
                     f"{'train' if training else 'eval'} mode: {type(error).__name__}: {error}; "
@@ -424,6 +459,10 @@ def record(model: nn.Module, example_inputs: Any) -> Records:
                 tracer.freeze(tracer.info(tensor).dims, "it is an output of the model")
     records.has_training_branch = bool(ran[True] - ran[False])
     return records
+
+
+def _arguments(example_inputs: Any) -> Any:
+    return [call[1:] for call in example_inputs.calls] if isinstance(example_inputs, Calls) else example_inputs
 
 
 def output_tensors(value: Any) -> list[Tensor]:

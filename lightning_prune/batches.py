@@ -1,0 +1,178 @@
+"""Batches outside of the training loop: an example to trace on, calibration data, the loss of a batch. All without a
+trace: loaders, samplers, random state, metrics, norms, modes and the log are as before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import move_data_to_device
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler
+from torchmetrics import Metric
+
+from lightning_prune.errors import TraceError
+from lightning_prune.graph.trace import Calls, undisturbed
+
+
+def second_iterator(
+    trainer: pl.Trainer, model: pl.LightningModule, calibration: Any, samples: int, seed: int
+) -> Iterator[Any]:
+    """Batches from a second iterator over the training loader, or from a loader of one's own.
+
+    The training loader's sampler is not asked: a map-style dataset is drawn from anew with a generator of its own.
+
+    Args:
+        trainer: of the fit that runs.
+        model: batches are moved to its device, through its own transfer hooks.
+        calibration: a loader, a number of samples instead of ``samples``, or None.
+        samples: stop once this many were given.
+        seed: of the order and of the augmentation.
+    """
+    if isinstance(calibration, int):
+        samples, calibration = calibration, None
+    loader = trainer.train_dataloader if calibration is None else calibration
+    with isolate_rng():
+        torch.manual_seed(seed)
+        if calibration is None and isinstance(loader, DataLoader):
+            loader = _again(loader, seed)
+        given = 0
+        for batch in loader:
+            batch = _moved(trainer, model, batch)
+            yield batch
+            given += _size(batch)
+            if given >= samples:
+                return
+
+
+def _again(loader: DataLoader[Any], seed: int) -> DataLoader[Any]:
+    """A loader of the same data and batches, in one process, with an order of its own."""
+    shared: dict[str, Any] = {"collate_fn": loader.collate_fn, "num_workers": 0}
+    if isinstance(loader.dataset, IterableDataset):
+        return DataLoader(loader.dataset, batch_size=loader.batch_size, **shared)
+    size = loader.batch_size
+    if size is None:
+        size = getattr(loader.batch_sampler, "batch_size", None) or 1
+    order = RandomSampler(loader.dataset, generator=torch.Generator().manual_seed(seed))  # type: ignore[arg-type]
+    return DataLoader(loader.dataset, batch_size=size, sampler=order, **shared)
+
+
+def _moved(trainer: pl.Trainer, model: pl.LightningModule, batch: Any) -> Any:
+    try:
+        return trainer.strategy.batch_to_device(batch, device=model.device, dataloader_idx=0)
+    except (RuntimeError, TypeError, AttributeError):
+        return move_data_to_device(batch, model.device)
+
+
+def _size(batch: Any) -> int:
+    sizes = [t.shape[0] for t in tree_flatten(batch)[0] if isinstance(t, Tensor) and t.ndim]
+    return int(sizes[0]) if sizes else 1
+
+
+@contextmanager
+def without_log(model: pl.LightningModule) -> Iterator[None]:
+    """``log`` and ``log_dict`` do nothing, and metrics inside the module keep their state."""
+
+    def nothing(*args: Any, **kwargs: Any) -> None:
+        return None
+
+    metrics = [m for m in model.modules() if isinstance(m, Metric)]
+    states = [(m, m._copy_state_dict(), m._update_count, m._computed) for m in metrics]
+    shadowed = {name: model.__dict__[name] for name in ("log", "log_dict") if name in model.__dict__}
+    model.__dict__["log"] = model.__dict__["log_dict"] = nothing
+    try:
+        yield
+    finally:
+        for name in ("log", "log_dict"):
+            del model.__dict__[name]
+        model.__dict__.update(shadowed)
+        for metric, state, updates, computed in states:
+            for key, value in state.items():
+                setattr(metric, key, value)
+            metric._update_count, metric._computed = updates, computed
+
+
+def quiet_loss(
+    model: pl.LightningModule, batch: Any, loss_fn: Callable[[pl.LightningModule, Any], Tensor] | None
+) -> Tensor:
+    """The training loss of a batch, with a graph for gradients where they are enabled.
+
+    Raises:
+        RuntimeError: under manual optimization without ``loss_fn``, or where ``training_step`` returns no loss.
+    """
+    if loss_fn is None and not model.automatic_optimization:
+        raise RuntimeError(
+            f"{type(model).__name__} optimizes manually, so its training_step cannot be asked for a loss; "
+            "pass loss_fn=lambda pl_module, batch: ..."
+        )
+    grad = torch.is_grad_enabled()
+    with isolate_rng(), without_log(model), undisturbed(model), torch.set_grad_enabled(grad):
+        out = model.training_step(batch, 0) if loss_fn is None else loss_fn(model, batch)
+    loss = out.get("loss") if isinstance(out, dict) else out
+    if not isinstance(loss, Tensor):
+        raise RuntimeError(
+            f"training_step of {type(model).__name__} returned {type(loss).__name__}, no loss; pass loss_fn="
+        )
+    return loss
+
+
+def example_from_batch(
+    trainer: pl.Trainer,
+    model: pl.LightningModule,
+    loss_fn: Callable[[pl.LightningModule, Any], Tensor] | None,
+    seed: int,
+) -> Calls:
+    """What the outermost modules get when one training batch goes through the module's own loss.
+
+    Raises:
+        TraceError: if no module was called with a tensor, or the loss cannot be computed.
+    """
+    batch = next(iter(second_iterator(trainer, model, None, 1, seed)))
+    calls: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
+    depth = 0
+
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        nonlocal depth
+        tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
+        relevant = not isinstance(module, Metric) and any(True for _ in module.parameters())
+        if depth == 0 and tensors and relevant:
+            calls.append((module, args, kwargs))
+        depth += 1
+
+    def leave(module: nn.Module, args: Any, out: Any) -> None:
+        nonlocal depth
+        depth -= 1
+
+    handles = []
+    for module in model.modules():
+        handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+        handles.append(module.register_forward_hook(leave, always_call=True))
+    try:
+        with torch.no_grad():
+            quiet_loss(model, batch, loss_fn)
+    except Exception as error:
+        raise TraceError(
+            f"{type(model).__name__} could not be run on a training batch to trace it: {type(error).__name__}: {error}; "
+            "pass example_input= or set example_input_array"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not calls:
+        raise TraceError(f"no module of {type(model).__name__} was called with a tensor in its loss; pass example_input=")
+    unique: dict[int, tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = {}
+    for call in calls:
+        unique.setdefault(id(call[0]), call)
+    names = {id(m): n or type(m).__name__ for n, m in model.named_modules()}
+    rank_zero_info(
+        f"{type(model).__name__} has no example_input_array: traced through {', '.join(names[k] for k in unique)} "
+        "with what one training batch gives them"
+    )
+    return Calls(tuple(unique.values()))

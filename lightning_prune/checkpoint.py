@@ -1,0 +1,153 @@
+"""Checkpoints of a cut model: they say their plan, and a model takes their shapes before it takes their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+from typing_extensions import override
+
+from lightning_prune import surgery
+from lightning_prune.decision import Plan
+from lightning_prune.errors import IncompatibleCheckpoint
+
+KEY = "lightning_prune"
+_M = TypeVar("_M", bound=pl.LightningModule)
+
+
+def add_plan(checkpoint: dict[str, Any], state_key: str, plan: Plan) -> None:
+    """Write a plan into a checkpoint under a plain top-level key, one entry per callback."""
+    checkpoint.setdefault(KEY, {"version": 1, "plans": {}})["plans"][state_key] = plan.state_dict()
+
+
+def plan_of(checkpoint: Mapping[str, Any]) -> Plan | None:
+    """The plan of a checkpoint, those of several callbacks merged; None if there is none.
+
+    Raises:
+        IncompatibleCheckpoint: if what stands there is no plan.
+    """
+    entry = checkpoint.get(KEY)
+    if entry is None:
+        return None
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("plans"), Mapping):
+        raise IncompatibleCheckpoint(f"the checkpoint's {KEY!r} entry is not one that lightning_prune wrote")
+    plans = [Plan.from_state_dict(state) for state in entry["plans"].values()]
+    plan = Plan()
+    for other in plans:
+        plan = plan.merge(other)
+    return plan
+
+
+def take_shapes(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+    """Give a model the shapes of a checkpoint's weights.
+
+    Raises:
+        IncompatibleCheckpoint: if the checkpoint is of another architecture; nothing has changed then.
+    """
+    plan = plan_of(checkpoint)
+    state = checkpoint["state_dict"]
+    if plan is None or not plan.kept:
+        shapes = {name: tuple(value.shape) for name, value in state.items() if isinstance(value, torch.Tensor)}
+        surgery.reshape_like(model, shapes, plan if plan is not None else None, dense_again=plan is not None)
+        return
+    surgery.conform(model, state, plan)
+
+
+class _ShapesFirst:
+    """A load-state-dict pre-hook: looks for the plan in the checkpoint the trainer is loading, else at shapes."""
+
+    def __init__(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
+        self._trainer = trainer
+        self._model = model
+
+    def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        if prefix:
+            return
+        loaded = getattr(self._trainer._checkpoint_connector, "_loaded_checkpoint", None) or {}
+        whole = loaded if loaded.get("state_dict") is not None else {}
+        take_shapes(self._model, {**({KEY: whole[KEY]} if KEY in whole else {}), "state_dict": state_dict})
+
+
+def conform_on_load(trainer: pl.Trainer, model: pl.LightningModule) -> Any:
+    """Register the pre-hook; returns its handle."""
+    return model.register_load_state_dict_pre_hook(_ShapesFirst(trainer, model))
+
+
+def wrap_again(trainer: pl.Trainer, model: pl.LightningModule) -> None:
+    """Under DDP the reducer holds the old shapes: let the strategy wrap the module anew, on all ranks."""
+    wrapped = trainer.strategy.model
+    if isinstance(wrapped, nn.parallel.DistributedDataParallel):
+        trainer.strategy.model = model
+        del wrapped
+        trainer.strategy.configure_ddp()  # type: ignore[attr-defined]
+
+
+class PrunableModule:
+    """Mixin for a `LightningModule`: ``load_from_checkpoint`` takes checkpoints of a cut model.
+
+    Example:
+        class Net(PrunableModule, LightningModule): ...
+    """
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the shapes of the checkpoint before its weights."""
+        take_shapes(self, checkpoint)  # type: ignore[arg-type]
+        parent = getattr(super(), "on_load_checkpoint", None)
+        if parent is not None:
+            parent(checkpoint)
+
+
+def load_pruned(cls: type[_M], path: str | Path, *, map_location: Any = None, **arguments: Any) -> _M:
+    """Load a Lightning checkpoint of a pruned module, whatever its class knows of pruning.
+
+    Args:
+        cls: the module's class.
+        path: the checkpoint; read with ``weights_only``, so that nothing in it is run.
+        map_location: as for ``torch.load``.
+        **arguments: for the class's ``__init__``, over the hyper-parameters in the checkpoint.
+
+    Returns:
+        The module, with its pruned shapes and weights, in eval mode as Lightning loads it.
+
+    Raises:
+        IncompatibleCheckpoint: if the checkpoint is of another architecture.
+        FileNotFoundError: if there is none.
+    """
+    if issubclass(cls, PrunableModule):
+        return cls.load_from_checkpoint(path, map_location=map_location, weights_only=True, **arguments)
+    prunable = type(cls.__name__, (PrunableModule, cls), {"__module__": cls.__module__})
+    module = prunable.load_from_checkpoint(path, map_location=map_location, weights_only=True, **arguments)
+    module.__class__ = cls
+    return module  # type: ignore[no-any-return]
+
+
+class PrunedCheckpoint(ModelCheckpoint):
+    """A `ModelCheckpoint` that ranks only checkpoints at or under the budget.
+
+    Args:
+        max_flops_kept: a checkpoint counts once ``prune/flops_kept`` is at most this; None for no bound.
+        max_density: likewise ``prune/density``.
+        **settings: see `ModelCheckpoint`.
+    """
+
+    def __init__(self, max_flops_kept: float | None = None, max_density: float | None = None, **settings: Any) -> None:
+        if max_flops_kept is None and max_density is None:
+            raise ValueError("PrunedCheckpoint needs max_flops_kept= or max_density=; else use ModelCheckpoint")
+        super().__init__(**settings)
+        self.max_flops_kept = max_flops_kept
+        self.max_density = max_density
+
+    @override
+    def check_monitor_top_k(self, trainer: pl.Trainer, current: torch.Tensor | None = None) -> bool:
+        for key, bound in (("prune/flops_kept", self.max_flops_kept), ("prune/density", self.max_density)):
+            if bound is None:
+                continue
+            value = trainer.callback_metrics.get(key)
+            if value is None or float(value) > bound * (1 + 1e-9):
+                return False
+        return super().check_monitor_top_k(trainer, current)

@@ -1,0 +1,161 @@
+"""What a method sees of a layer: its slice of weights, norms and gradients, channels in the group's order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lightning_prune.graph.groups import Consumer, Group, Producer
+
+
+class ConsumerView:
+    """A layer that reads a group's channels.
+
+    Args:
+        consumer: which axis and indices of which weight.
+        parameters: qualified name -> parameter.
+    """
+
+    def __init__(self, consumer: Consumer, parameters: Mapping[str, Tensor]) -> None:
+        self.name = consumer.name
+        self._consumer = consumer
+        self._weight = parameters[consumer.weight]
+
+    @property
+    def columns(self) -> Tensor:
+        """(C, F): all weights of the layer that read each channel."""
+        return _rows(self._weight, self._consumer.dim, self._consumer.indices)
+
+
+class LayerView:
+    """One producer of a group, as scores read it.
+
+    Attributes:
+        name: module path of the layer.
+        group: the group whose channels it makes.
+        measured: (C,) mean over the batches since the last event of what the method's `measure` returned, joined over
+            the group's producers; None for a method that measures nothing.
+        weight_name: qualified name of the weight.
+        kept: name -> (C,) tensors of this group that live from event to event; what goes with a channel goes here too.
+    """
+
+    def __init__(self, group: Group, producer: Producer, parameters: Mapping[str, Tensor]) -> None:
+        self.name = producer.name
+        self.group = group
+        self.measured: Tensor | None = None
+        self.kept: dict[str, Tensor] = {}
+        self.weight_name = producer.weight
+        self._producer = producer
+        self._parameters = parameters
+
+    @cached_property
+    def weight(self) -> Tensor:
+        """The layer's whole weight."""
+        return self._parameters[self._producer.weight]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(C,), or None."""
+        return self._entry(self._producer.bias, self._producer.indices)
+
+    @property
+    def filters(self) -> Tensor:
+        """(C, F): the weights that make each channel."""
+        return _rows(self.weight, self._producer.dim, self._producer.indices)
+
+    def filters_of(self, weight: Tensor) -> Tensor:
+        """(C, F): `filters`, out of another tensor of the weight's shape."""
+        return _rows(weight, self._producer.dim, self._producer.indices)
+
+    @property
+    def filter_grads(self) -> Tensor | None:
+        """(C, F) gradients of `filters`; None before the first backward."""
+        if self.weight.grad is None:
+            return None
+        return _rows(self.weight.grad, self._producer.dim, self._producer.indices)
+
+    @property
+    def gamma(self) -> Tensor | None:
+        """(C,) scale of the norm that follows directly, or None."""
+        return self._entry(self._producer.norms[0].gamma, self._producer.norms[0].indices) if self._follows else None
+
+    @property
+    def beta(self) -> Tensor | None:
+        """(C,) shift of the norm that follows directly, or None."""
+        return self._entry(self._producer.norms[0].beta, self._producer.norms[0].indices) if self._follows else None
+
+    @property
+    def consumers(self) -> list[ConsumerView]:
+        """The layers that read the group's channels."""
+        return [ConsumerView(c, self._parameters) for c in self.group.consumers]
+
+    @property
+    def has_norm(self) -> bool:
+        """Whether norms with a scale gate these channels: the one that follows, else those of all readers."""
+        return self._producer.gated or bool(self._producer.norms)
+
+    @property
+    def _follows(self) -> bool:
+        return self._producer.gated and bool(self._producer.norms)
+
+    @property
+    def gate_gradient(self) -> Tensor | None:
+        """(C,) dE/dz of a gate z = 1 on each channel, from parameter gradients alone.
+
+        Behind a norm it is gamma dE/dgamma + beta dE/dbeta, else the sum of w dE/dw over filter and bias: both exact.
+        In a net where norms stand before the layers that read (pre-activation), the gate sits behind those norms.
+
+        Returns:
+            None where a gradient is missing.
+        """
+        if self.has_norm:
+            total: Tensor | None = None
+            for norm in self._producer.norms:
+                for name in (norm.gamma, norm.beta):
+                    term = self._times_gradient(name, norm.indices)
+                    if term is None:
+                        if name is None:
+                            continue
+                        return None
+                    total = term if total is None else total + term
+            return torch.zeros(self.group.size, device=self.weight.device) if total is None else total
+        return self.weight_gradient
+
+    @property
+    def weight_gradient(self) -> Tensor | None:
+        """(C,) sum of w dE/dw over filter and bias; None where a gradient is missing."""
+        grads = self.filter_grads
+        if grads is None:
+            return None
+        total = (self.filters.detach() * grads).sum(dim=1)
+        term = self._times_gradient(self._producer.bias, self._producer.indices)
+        return total if term is None else total + term
+
+    def _entry(self, name: str | None, indices: Tensor) -> Tensor | None:
+        if name is None:
+            return None
+        return _rows(self._parameters[name], 0, indices).squeeze(1)
+
+    def _times_gradient(self, name: str | None, indices: Tensor) -> Tensor | None:
+        if name is None:
+            return None
+        parameter = self._parameters[name]
+        if parameter.grad is None:
+            return None
+        return _rows(parameter.detach() * parameter.grad, 0, indices).sum(dim=1)
+
+
+def _rows(tensor: Tensor, dim: int, indices: Tensor) -> Tensor:
+    """(C, F): for each channel all entries at its (C, M) indices of a dimension."""
+    moved = tensor.movedim(dim, 0)
+    flat = indices.reshape(-1)
+    if len(flat) != moved.shape[0] or not _is_range(flat):
+        moved = moved.index_select(0, flat.to(tensor.device))
+    return moved.reshape(len(indices), -1)
+
+
+def _is_range(indices: Tensor) -> bool:
+    return len(indices) == 0 or bool((indices == torch.arange(len(indices))).all())
