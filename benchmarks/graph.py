@@ -3,8 +3,8 @@
     python benchmarks/graph.py [--models resnet18 ...] [--out FILE.csv]
 
 Random weights with random norms, channels chosen by `RandomChannels`' rule at half the flops, seed 0, one thread.
-``difference`` is the largest relative difference, in float64, between the cut network and the uncut one with the removed
-coordinates at zero; it is large where a norm runs across channels, which the column ``inexact`` counts.
+``difference`` is the largest relative difference, in float64, between the cut network and the uncut one with the
+removed coordinates at zero; it is large where a norm runs across channels, which the column ``inexact`` counts.
 """
 
 from __future__ import annotations
@@ -24,11 +24,26 @@ from lightning_prune.budget import Budget
 from lightning_prune.ranking import rank_global
 from lightning_prune.surgery import difference
 
-MODELS = (
-    "resnet18 resnet50 vgg16_bn alexnet squeezenet1_1 densenet121 googlenet inception_v3 mobilenet_v2 "
-    "mobilenet_v3_small mnasnet0_5 shufflenet_v2_x0_5 regnet_y_400mf resnext50_32x4d efficientnet_b0 convnext_tiny "
-    "vit_b_16 cifar_resnet56"
-).split()
+MODELS = [
+    "resnet18",
+    "resnet50",
+    "vgg16_bn",
+    "alexnet",
+    "squeezenet1_1",
+    "densenet121",
+    "googlenet",
+    "inception_v3",
+    "mobilenet_v2",
+    "mobilenet_v3_small",
+    "mnasnet0_5",
+    "shufflenet_v2_x0_5",
+    "regnet_y_400mf",
+    "resnext50_32x4d",
+    "efficientnet_b0",
+    "convnext_tiny",
+    "vit_b_16",
+    "cifar_resnet56",
+]
 
 
 class CifarResNet(nn.Module):

@@ -1,5 +1,6 @@
-"""Batches outside of the training loop: an example to trace on, calibration data, the loss of a batch. All without a
-trace: loaders, samplers, random state, metrics, norms, modes and the log are as before.
+"""Batches outside of the training loop: an example to trace on, calibration data, the loss of a batch.
+
+All without a trace: loaders, samplers, random state, metrics, norms, modes and the log are as before.
 """
 
 from __future__ import annotations
@@ -10,8 +11,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import move_data_to_device
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities import move_data_to_device, rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
@@ -38,7 +38,7 @@ def second_iterator(
     """
     if isinstance(calibration, int):
         samples, calibration = calibration, None
-    loader = trainer.train_dataloader if calibration is None else calibration
+    loader: Any = trainer.train_dataloader if calibration is None else calibration
     with isolate_rng():
         torch.manual_seed(seed)
         if calibration is None and isinstance(loader, DataLoader):
@@ -85,7 +85,7 @@ def without_log(model: pl.LightningModule) -> Iterator[None]:
 
     metrics = [m for m in model.modules() if isinstance(m, Metric)]
     states = [(m, m._copy_state_dict(), m._update_count, m._computed) for m in metrics]
-    shadowed = {name: model.__dict__[name] for name in ("log", "log_dict") if name in model.__dict__}
+    shadowed: dict[str, Any] = {name: model.__dict__[name] for name in ("log", "log_dict") if name in model.__dict__}
     model.__dict__["log"] = model.__dict__["log_dict"] = nothing
     try:
         yield
@@ -159,14 +159,16 @@ def example_from_batch(
             quiet_loss(model, batch, loss_fn)
     except Exception as error:
         raise TraceError(
-            f"{type(model).__name__} could not be run on a training batch to trace it: {type(error).__name__}: {error}; "
-            "pass example_input= or set example_input_array"
+            f"{type(model).__name__} could not be run on a training batch to trace it: {type(error).__name__}: "
+            f"{error}; pass example_input= or set example_input_array"
         ) from error
     finally:
         for handle in handles:
             handle.remove()
     if not calls:
-        raise TraceError(f"no module of {type(model).__name__} was called with a tensor in its loss; pass example_input=")
+        raise TraceError(
+            f"no module of {type(model).__name__} was called with a tensor in its loss; pass example_input="
+        )
     unique: dict[int, tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = {}
     for call in calls:
         unique.setdefault(id(call[0]), call)

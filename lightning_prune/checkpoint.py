@@ -53,7 +53,7 @@ def take_shapes(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     state = checkpoint["state_dict"]
     if plan is None or not plan.kept:
         shapes = {name: tuple(value.shape) for name, value in state.items() if isinstance(value, torch.Tensor)}
-        surgery.reshape_like(model, shapes, plan if plan is not None else None, dense_again=plan is not None)
+        surgery.reshape_like(model, shapes, plan, dense_again=plan is not None)
         return
     surgery.conform(model, state, plan)
 
@@ -75,7 +75,7 @@ class _ShapesFirst:
 
 def conform_on_load(trainer: pl.Trainer, model: pl.LightningModule) -> Any:
     """Register the pre-hook; returns its handle."""
-    return model.register_load_state_dict_pre_hook(_ShapesFirst(trainer, model))
+    return model.register_load_state_dict_pre_hook(_ShapesFirst(trainer, model))  # type: ignore[no-untyped-call]
 
 
 def wrap_again(trainer: pl.Trainer, model: pl.LightningModule) -> None:
@@ -120,7 +120,7 @@ def load_pruned(cls: type[_M], path: str | Path, *, map_location: Any = None, **
     """
     if issubclass(cls, PrunableModule):
         return cls.load_from_checkpoint(path, map_location=map_location, weights_only=True, **arguments)
-    prunable = type(cls.__name__, (PrunableModule, cls), {"__module__": cls.__module__})
+    prunable: Any = type(cls.__name__, (PrunableModule, cls), {"__module__": cls.__module__})
     module = prunable.load_from_checkpoint(path, map_location=map_location, weights_only=True, **arguments)
     module.__class__ = cls
     return module  # type: ignore[no-any-return]

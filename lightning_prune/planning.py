@@ -30,8 +30,9 @@ def plan(graph: ChannelGraph, method: str = "l1_filter", budget: Budget | float 
     """
     cls = find(method)
     if not issubclass(cls, ChannelPruner) or cls.needs != "nothing":
+        needs = "a training loop to hold its masks" if cls.needs == "nothing" else cls.needs
         raise ValueError(
-            f"{cls.__name__} needs {cls.needs if cls.needs != 'nothing' else 'a training loop to hold its masks'}; add it "
+            f"{cls.__name__} needs {needs}; add it "
             "to a Trainer, or plan with a channel method that needs no data, such as 'l1_filter'"
         )
     return cls(budget, **arguments).plan_for(graph)

@@ -26,7 +26,7 @@ from typing import Any, ClassVar, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -108,7 +108,9 @@ class Pruner(Callback):
     ) -> None:
         self.budget = Budget.of_any(budget).resolved(self.default_of)
         if self.budget.of == "latency":
-            raise ValueError("Budget(of='latency') needs a measured latency table, which this version does not have yet")
+            raise ValueError(
+                "Budget(of='latency') needs a measured latency table, which this version does not have yet"
+            )
         self.schedule = self.default_schedule if schedule is None else schedule
         if not isinstance(self.schedule, Schedule):
             raise ValueError(f"schedule must be OneShot, Iterative, Gradual or another Schedule, got {schedule!r}")
@@ -131,8 +133,6 @@ class Pruner(Callback):
         self._graph: ChannelGraph | None = None
         self._handles: list[Any] = []
         self._stepped = False
-
-    # -- what can be read ---------------------------------------------------------------------------------------------
 
     @property
     def plan(self) -> Plan:
@@ -181,8 +181,6 @@ class Pruner(Callback):
     _cost_now: Cost | None = None
     _frozen: Mapping[str, str] = {}
 
-    # -- what a kind says -----------------------------------------------------------------------------------------------
-
     @abstractmethod
     def _prepare(self, model: nn.Module) -> None:
         """Look at the traced model once: what may go, and whether the budget can be met."""
@@ -200,8 +198,6 @@ class Pruner(Callback):
 
     def _after_step(self) -> None:
         """After every optimizer step."""
-
-    # -- what a method may use ------------------------------------------------------------------------------------------
 
     def loss(self, model: pl.LightningModule, batch: Any) -> Tensor:
         """The training loss of a batch, without logging and without a trace on trainer, metrics, norms or RNG.
@@ -225,8 +221,6 @@ class Pruner(Callback):
 
         text = f"{environ.get('PL_GLOBAL_SEED', '0')}/{type(self).__name__}/{purpose}"
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
-
-    # -- Lightning ------------------------------------------------------------------------------------------------------
 
     @property
     @override
@@ -339,8 +333,6 @@ class Pruner(Callback):
         self._seconds = float(state_dict["seconds"])
         self._rows = [dict(row) for row in state_dict["rows"]]
 
-    # -- events ---------------------------------------------------------------------------------------------------------
-
     def _start(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
         resumed = self._restored is not None
         self._stepped = False
@@ -414,8 +406,6 @@ class Pruner(Callback):
             f"{type(self).__name__}: event {self._done} of {len(self._events)} at step {self._steps}, "
             f"flops kept {row['prune/flops_kept']:.4f}, density {row['prune/density']:.4f}"
         )
-
-    # -- the log --------------------------------------------------------------------------------------------------------
 
     def log_row(self, trainer: pl.Trainer, seconds: float | None = None) -> dict[str, float]:
         """Write one row to every logger, at Lightning's own step; returns it."""
@@ -491,7 +481,7 @@ class ChannelPruner(Pruner):
     kind = "channels"
     default_of = "flops"
     default_scope: ClassVar[Scope] = "global"
-    join: ClassVar[Join] = "sum"
+    join: Join = "sum"
 
     def __init__(
         self,
@@ -542,8 +532,6 @@ class ChannelPruner(Pruner):
         self._dense_sizes: dict[str, int] = {}
         self._masks: Masks | None = None
         self._saved_statistics: dict[str, Any] | None = None
-
-    # -- what a method overrides ----------------------------------------------------------------------------------------
 
     def measure(self, view: LayerView) -> Tensor | None:
         """(C,) of one batch, read before the optimizer step; summed over the window. None: nothing to measure."""
@@ -597,8 +585,6 @@ class ChannelPruner(Pruner):
             check_finite(scores)
             return graph.plan(self._choose(scores, self.budget))
 
-    # -- the walk -------------------------------------------------------------------------------------------------------
-
     @property
     def _measures(self) -> bool:
         return type(self).measure is not ChannelPruner.measure
@@ -626,9 +612,9 @@ class ChannelPruner(Pruner):
                 raise ValueError(f"keep= names group {name!r}; groups are {', '.join(g.name for g in self._groups)}")
         state = self._restored or {}
         self._dense_sizes = {g.name: self._plan.groups.get(g.name, (0, g.size))[1] for g in self._groups}
-        self._alive = {
-            name: mask.bool() for name, mask in state.get("alive", {}).items()
-        } or {g.name: torch.ones(g.size, dtype=torch.bool) for g in self._groups}
+        self._alive = {name: mask.bool() for name, mask in state.get("alive", {}).items()} or {
+            g.name: torch.ones(g.size, dtype=torch.bool) for g in self._groups
+        }
         self._total_units = sum(self._dense_sizes.values())
         self._look(model)
         if "statistics" in state and self._statistics is not None:
@@ -673,7 +659,9 @@ class ChannelPruner(Pruner):
     def _dense_measure(self) -> int:
         assert self._dense_cost is not None
         of = self.budget.of
-        return self._total_units if of == "units" else self._dense_cost.flops if of == "flops" else self._dense_cost.params
+        return (
+            self._total_units if of == "units" else self._dense_cost.flops if of == "flops" else self._dense_cost.params
+        )
 
     def _check_reachable(self) -> None:
         """Say now, not at the last event, that the budget is out of reach."""
@@ -687,8 +675,8 @@ class ChannelPruner(Pruner):
         if not self.budget.fits(least, dense):
             raise UnmeetableBudget(
                 f"{type(self).__name__}: a budget of {self.budget.keep:g} of the {self.budget.of} cannot be met: with "
-                f"the fewest channels allowed {least / dense:.4f} are left; raise keep, lower min_channels or round_to, "
-                "or ignore fewer layers"
+                f"the fewest channels allowed {least / dense:.4f} are left; raise keep, lower min_channels or "
+                "round_to, or ignore fewer layers"
             )
 
     @override
@@ -761,7 +749,8 @@ class ChannelPruner(Pruner):
         scores: Mapping[str, Tensor],
         progress: float,
     ) -> bool:
-        assert self._graph is not None and self._statistics is not None
+        assert self._graph is not None
+        assert self._statistics is not None
         changed = any(not torch.equal(mask, self._alive[name]) for name, mask in keep.items())
         if self.apply == "mask":
             self._mask(trainer, model, keep)
@@ -785,7 +774,8 @@ class ChannelPruner(Pruner):
         progress: float,
     ) -> dict[str, Tensor] | None:
         graph, statistics = self._graph, self._statistics
-        assert graph is not None and statistics is not None
+        assert graph is not None
+        assert statistics is not None
         step = graph.plan(keep)
         plan = surgery.compose(self._plan, step)
         try:
@@ -822,7 +812,8 @@ class ChannelPruner(Pruner):
         return keep
 
     def _mask(self, trainer: pl.Trainer, model: pl.LightningModule, keep: dict[str, Tensor]) -> None:
-        assert self._graph is not None and self._statistics is not None
+        assert self._graph is not None
+        assert self._statistics is not None
         plan = self._graph.plan(keep)
         named = _named(model, plan.kept)
         masks = {name: _outer(named[name].shape, dims) for name, dims in plan.kept.items()}
@@ -949,8 +940,6 @@ class WeightPruner(Pruner):
         self._exempt: dict[str, int] = {}
         self._flops: dict[str, int] = {}
 
-    # -- what a method overrides ----------------------------------------------------------------------------------------
-
     def score(self, name: str, weight: nn.Parameter) -> Tensor:
         """Scores in the shape of one weight, larger = keep."""
         raise RuntimeError(f"{type(self).__name__} has neither score() nor scores()")
@@ -968,8 +957,6 @@ class WeightPruner(Pruner):
         assert self._masks is not None
         return self._masks.as_bool()[name]
 
-    # -- the walk -------------------------------------------------------------------------------------------------------
-
     @override
     def _prepare(self, model: nn.Module) -> None:
         assert self._graph is not None
@@ -977,18 +964,21 @@ class WeightPruner(Pruner):
         parameters = dict(model.named_parameters())
         self._weights = {name: parameters[name] for name in self._graph.weights if name not in ignored}
         if not self._weights:
-            raise NothingToPrune(f"no weight of {type(model).__name__} may go: no layer multiplies with one, or all are ignored")
+            raise NothingToPrune(
+                f"no weight of {type(model).__name__} may go: no layer multiplies with one, or all are ignored"
+            )
         self._exempt = {n: p.numel() for n, p in parameters.items() if p.ndim > 1 and n not in self._weights}
         self._flops = self._graph.weight_flops()
         masks = self._plan.masks or {n: torch.ones(w.shape, dtype=torch.bool) for n, w in self._weights.items()}
         self._masks = Masks(_named(model, masks), masks)
         self._masks.hold()
-        allowance, price = self._allowance(self.budget)
+        allowance, _ = self._allowance(self.budget)
         if allowance < 0:
             fixed = self._fixed()
             raise UnmeetableBudget(
                 f"{type(self).__name__}: a budget of {self.budget.keep:g} of the {self.budget.of} cannot be met: what "
-                f"is never pruned is {fixed / max(1, self._dense_measure()):.4f} of them; raise keep, or ignore fewer layers"
+                f"is never pruned is {fixed / max(1, self._dense_measure()):.4f} of them; raise keep, or ignore "
+                "fewer layers"
             )
 
     def _dense_measure(self) -> int:
@@ -1065,4 +1055,3 @@ class WeightPruner(Pruner):
         super().teardown(trainer, pl_module, stage)
         if stage == "fit":
             self._masks, self._weights = None, {}
-

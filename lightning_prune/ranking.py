@@ -1,7 +1,7 @@
 """Scores -> what to keep: exact counts with a tie rule. The only place that sorts.
 
-Larger scores stay. Among equal scores the one with the lower index goes first, and among groups the earlier one, so that
-the same scores give the same choice everywhere.
+Larger scores stay. Among equal scores the one with the lower index goes first, and among groups the earlier one, so
+that the same scores give the same choice everywhere.
 """
 
 from __future__ import annotations
@@ -225,13 +225,11 @@ def rank_weights(
     chosen = order[(spent <= allowance * (1 + 1e-12)) & alive]
     mask = torch.zeros(len(flat), dtype=torch.bool, device=flat.device)
     mask[chosen] = True
-    parts = mask.split([scores[n].numel() for n in names])
+    parts = torch.split(mask, [scores[n].numel() for n in names])
     return {n: part.reshape(scores[n].shape) for n, part in zip(names, parts, strict=True)}
 
 
-def _weights_by_layer(
-    scores: Mapping[str, Tensor], allowance: float, prices: Mapping[str, float]
-) -> dict[str, Tensor]:
+def _weights_by_layer(scores: Mapping[str, Tensor], allowance: float, prices: Mapping[str, float]) -> dict[str, Tensor]:
     total = sum(prices[n] * s.numel() for n, s in scores.items())
     fraction = min(1.0, allowance / total) if total else 0.0
     exact = {n: fraction * s.numel() for n, s in scores.items()}

@@ -84,7 +84,7 @@ class Statistics:
     def means(self) -> dict[str, Tensor]:
         """group -> (C,) mean over the window and over processes."""
         values = self._window.compute().float()
-        return dict(zip(self._sizes, values.split(list(self._sizes.values())), strict=True))
+        return dict(zip(self._sizes, torch.split(values, list(self._sizes.values())), strict=True))
 
     def cut(self, keep: Mapping[str, Tensor]) -> None:
         """Begin a new window; kept tensors lose what goes. ``keep`` is group -> (C,) bool."""
@@ -112,7 +112,9 @@ class Statistics:
         if dict(state["sizes"]) != self._sizes:
             raise ValueError(f"statistics are of groups {dict(state['sizes'])}, the model has {self._sizes}")
         if state["total"].shape != self._window.total.shape:
-            raise ValueError(f"statistics have {tuple(state['total'].shape)} sums, {tuple(self._window.total.shape)} wanted")
+            raise ValueError(
+                f"statistics have {tuple(state['total'].shape)} sums, {tuple(self._window.total.shape)} wanted"
+            )
         self._window.total = state["total"].to(self._device)
         self._window.count = state["count"].to(self._device)
         self._window.skipped = state["skipped"].to(self._device)

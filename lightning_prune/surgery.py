@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 
 from lightning_prune.cost import Cost
 from lightning_prune.decision import Plan
@@ -160,9 +159,7 @@ class _Operation:
         self._trial: dict[str, Tensor] = {}
         self._modules = {name: dict(model.named_modules())[name] for name in plan.attributes}
         self._attributes = {
-            (name, key): getattr(module, key)
-            for name, module in self._modules.items()
-            for key in plan.attributes[name]
+            (name, key): getattr(module, key) for name, module in self._modules.items() for key in plan.attributes[name]
         }
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -179,7 +176,9 @@ class _Operation:
         others: list[tuple[Tensor, Tensor]] = []
         try:
             for name, tensor in tensors.items():
-                if not tensor.is_floating_point() or tensor.numel() < 2 or not bool((tensor == tensor.flatten()[0]).all()):
+                if not tensor.is_floating_point() or tensor.numel() < 2:
+                    continue
+                if not bool((tensor == tensor.flatten()[0]).all()):
                     continue
                 value = tensor.detach().flatten()[0].cpu().double()
                 scale = float(value.abs()) or 0.1
@@ -188,13 +187,13 @@ class _Operation:
                 if name not in self._tensors:
                     others.append((tensor, tensor.detach()))
                     with torch.no_grad():
-                        tensor.set_(self._trial[name])
+                        _exchange(tensor, self._trial[name])
             yield
         finally:
             self._trial.clear()
             with torch.no_grad():
                 for tensor, original in others:
-                    tensor.set_(original)
+                    _exchange(tensor, original)
 
     def _value(self, name: str) -> Tensor:
         return self._trial.get(name, self._originals[name])
@@ -203,7 +202,7 @@ class _Operation:
         """Exchange the storages for smaller ones, and rewrite the attributes that hold sizes."""
         with torch.no_grad():
             for name, tensor in self._tensors.items():
-                tensor.set_(_select(self._value(name), self.kept[name]))
+                _exchange(tensor, _select(self._value(name), self.kept[name]))
         for name, module in self._modules.items():
             for key, value in self.plan.attributes[name].items():
                 setattr(module, key, value)
@@ -214,16 +213,16 @@ class _Operation:
             for name, tensor in self.parameters().items():
                 zeroed = self._value(name).clone()
                 zero_coordinates(zeroed, {d: _complement(k, zeroed.shape[d]) for d, k in self.kept[name].items()})
-                tensor.set_(zeroed)
+                _exchange(tensor, zeroed)
             for name, buffer in self._tensors.items():
                 if name in self._trial and not isinstance(buffer, nn.Parameter):
-                    buffer.set_(self._trial[name].clone())
+                    _exchange(buffer, self._trial[name].clone())
 
     def undo(self) -> None:
         """Everything as before."""
         with torch.no_grad():
             for name, tensor in self._tensors.items():
-                tensor.set_(self._originals[name])
+                _exchange(tensor, self._originals[name])
         for (name, key), value in self._attributes.items():
             setattr(self._modules[name], key, value)
 
@@ -245,6 +244,11 @@ class _Operation:
         }
 
 
+def _exchange(tensor: Tensor, new: Tensor) -> None:
+    """Put another storage behind a tensor; under ``no_grad``, so that older graphs notice and DDP need not be told."""
+    tensor.set_(new)  # type: ignore[call-overload]
+
+
 def _select(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
     for dim, index in kept.items():
         tensor = tensor.index_select(dim, index.to(tensor.device))
@@ -255,9 +259,6 @@ def _complement(kept: Tensor, size: int) -> Tensor:
     gone = torch.ones(size, dtype=torch.bool)
     gone[kept] = False
     return gone.nonzero().squeeze(1)
-
-
-# -- the proof --------------------------------------------------------------------------------------------------------
 
 
 def prove(operation: _Operation, example_inputs: Any, training: bool = True, tolerance: float | None = None) -> float:
@@ -327,7 +328,7 @@ def difference(model: nn.Module, plan: Plan, example_inputs: Any) -> float:
 
 def _outputs(model: nn.Module, inputs: Any, stand_in: bool = True) -> list[Tensor]:
     model.eval()
-    with _ZeroBlindNorms() if stand_in else nullcontext():
+    with _ZeroBlindNorms() if stand_in else nullcontext():  # type: ignore[no-untyped-call]
         return [t for t in output_tensors(run(model, inputs, 1)) if t.is_floating_point()]
 
 
@@ -336,7 +337,8 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, tor
 
 def _compare(expected: Sequence[Tensor], got: Sequence[Tensor], tolerance: float | None) -> float:
     if [t.shape for t in expected] != [t.shape for t in got]:
-        raise UnsafeCut(f"outputs change shape, {[tuple(t.shape) for t in expected]} to {[tuple(t.shape) for t in got]}")
+        shapes = [tuple(t.shape) for t in expected], [tuple(t.shape) for t in got]
+        raise UnsafeCut(f"outputs change shape, {shapes[0]} to {shapes[1]}")
     worst = 0.0
     for a, b in zip(expected, got, strict=True):
         if not a.numel():
@@ -352,7 +354,7 @@ def _compare(expected: Sequence[Tensor], got: Sequence[Tensor], tolerance: float
     return worst
 
 
-class _ZeroBlindNorms(TorchDispatchMode):
+class _ZeroBlindNorms(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Norms across channels, replaced by ones that channels at zero do not change: x / |x|, then scale and shift."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -364,7 +366,7 @@ class _ZeroBlindNorms(TorchDispatchMode):
             y = y if bias is None else y + bias
             return y, x.new_zeros(()), x.new_zeros(())
         if name == "aten::native_group_norm":
-            x, weight, bias, n, c, hw, groups, eps = args
+            x, weight, bias, n, c, _, groups, eps = args
             y = _by_length(x.reshape(n, groups, -1), [2], eps).reshape(x.shape)
             wide = (1, c, *[1] * (x.ndim - 2))
             y = y if weight is None else y * weight.reshape(wide)
@@ -407,9 +409,6 @@ def settle(graph: ChannelGraph, names: Iterable[str] | None = None) -> ChannelGr
 
     attempt(doubtful)
     return graph.without(failed) if failed else graph
-
-
-# -- shapes of a checkpoint -------------------------------------------------------------------------------------------
 
 
 def conform(model: nn.Module, state_dict: Mapping[str, Any] | Plan, plan: Plan | None = None) -> nn.Module:
@@ -462,11 +461,19 @@ def reshape_like(
         now = tuple(tensors[name].shape)
         if len(shape) != len(now) or 0 in shape:
             raise IncompatibleCheckpoint(f"{name!r} has shape {now} in the model and {shape} in the state")
-        if (plan is None or dense_again) and any(s > n for s, n in zip(shape, now, strict=True)) and _applied.get(model) is None:
+        if (
+            (plan is None or dense_again)
+            and any(s > n for s, n in zip(shape, now, strict=True))
+            and _applied.get(model) is None
+        ):
             raise IncompatibleCheckpoint(
                 f"{name!r} has shape {now} in the model and the larger {shape} in the state, which pruning never makes"
             )
-        if plan is not None and not dense_again and (name not in plan.shapes or plan.current_shape(name) != tuple(shape)):
+        if (
+            plan is not None
+            and not dense_again
+            and (name not in plan.shapes or plan.current_shape(name) != tuple(shape))
+        ):
             told = plan.current_shape(name) if name in plan.shapes else now
             raise IncompatibleCheckpoint(f"{name!r} has shape {shape} in the state, but its plan says {told}")
     owners = {name.rpartition(".")[0] for name in changed}
@@ -477,7 +484,7 @@ def reshape_like(
             kept = (plan.kept.get(name) or plan.buffers.get(name) or {}) if plan is not None else {}
             new = _select(tensor.detach(), kept) if dense else _resized(tensor.detach(), shape)
             tensor.grad = None
-            tensor.set_(new)
+            _exchange(tensor, new)
     modules = dict(model.named_modules())
     for owner in owners:
         told_from_shape(modules[owner])
@@ -497,8 +504,9 @@ def _resized(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     return new
 
 
-def told_from_shape(module: nn.Module) -> None:
+def told_from_shape(layer: nn.Module) -> None:
     """Rewrite the attributes of a layer that hold sizes, as its weight's shape says."""
+    module: Any = layer
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         weight = getattr(module, "running_mean", None)
@@ -515,16 +523,16 @@ def told_from_shape(module: nn.Module) -> None:
             ins *= groups
         elif groups > 1:
             outs *= groups
-        module.out_channels, module.in_channels, module.groups = outs, ins, groups  # type: ignore[assignment]
+        module.out_channels, module.in_channels, module.groups = outs, ins, groups
     elif hasattr(module, "out_features") and weight.ndim == 2:
-        module.out_features, module.in_features = weight.shape  # type: ignore[assignment]
+        module.out_features, module.in_features = weight.shape
     elif hasattr(module, "embedding_dim"):
-        module.embedding_dim = weight.shape[1]  # type: ignore[assignment]
+        module.embedding_dim = weight.shape[1]
     for key in ("num_features", "num_channels"):
         if hasattr(module, key) and weight.ndim == 1:
             setattr(module, key, weight.shape[0])
     if hasattr(module, "normalized_shape"):
-        module.normalized_shape = tuple(weight.shape)  # type: ignore[assignment]
+        module.normalized_shape = tuple(weight.shape)
 
 
 def applied(model: nn.Module) -> Plan:

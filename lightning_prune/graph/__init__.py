@@ -1,5 +1,5 @@
 """The channel graph: which coordinates of which parameters must go together.
 
-Read in this order: `labels` (what a traced tensor carries), `rules` (how operators carry it), `trace` (model -> records),
-`groups` (records -> groups, costs, plans).
+Read in this order: `labels` (what a traced tensor carries), `rules` (how operators carry it), `trace` (model ->
+records), `groups` (records -> groups, costs, plans).
 """

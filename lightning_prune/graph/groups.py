@@ -154,8 +154,6 @@ class ChannelGraph:
         """A group by its name."""
         return self.groups[self._by_name[name]]
 
-    # -- plans --------------------------------------------------------------------------------------------------------
-
     def plan(self, keep: Mapping[str, Tensor]) -> Plan:
         """A plan that keeps the given channels.
 
@@ -219,7 +217,7 @@ class ChannelGraph:
         return counts
 
     def cost(self, plan: Plan | None = None) -> Cost:
-        """What the model would cost once a plan is applied; now, without one. Equals fvcore's count of the cut model."""
+        """What the model would cost once a plan is applied, to the unit what fvcore counts then; without one, now."""
         return self.costs.cost(None if plan is None else self.counts(plan))
 
     @property
@@ -312,8 +310,6 @@ class ChannelGraph:
         costs = replace(self.costs, dense=self.counts(plan))
         return replace(self, groups=tuple(groups), costs=costs, shapes=shapes)
 
-    # -- words --------------------------------------------------------------------------------------------------------
-
     def explain(self) -> str:
         """Per group what goes together and what it is worth; then what is frozen, and why."""
         dense = self.costs.flops_and_params(self.costs.dense)
@@ -336,9 +332,6 @@ class ChannelGraph:
             lines.append("frozen:")
             lines += [f"  {name}: {why}" for name, why in self.frozen.items()]
         return "\n".join(lines)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
@@ -393,7 +386,10 @@ def _weights(model: nn.Module, records: Records) -> tuple[str, ...]:
     return tuple(
         name
         for name, p in model.named_parameters()
-        if p.ndim > 1 and name in records.touched and name not in no and (name in yes or "weight" in name.rpartition(".")[2])
+        if p.ndim > 1
+        and name in records.touched
+        and name not in no
+        and (name in yes or "weight" in name.rpartition(".")[2])
     )
 
 
@@ -403,7 +399,8 @@ def _components(records: Records) -> Ids:
     left = np.concatenate([a for a, _ in records.edges])
     right = np.concatenate([b for _, b in records.edges])
     graph = coo_array((np.ones(len(left), dtype=np.int8), (left, right)), shape=(records.size, records.size))
-    return connected_components(graph, directed=False)[1].astype(np.int64)
+    labels: Ids = connected_components(graph, directed=False)[1].astype(np.int64)
+    return labels
 
 
 def _reasons(records: Records, component: Ids, count: int) -> dict[int, str]:
@@ -495,7 +492,7 @@ def _groups(
     producers: list[list[Producer]] = [[] for _ in range(count)]
     followers: list[list[Producer]] = [[] for _ in range(count)]
     consumers: list[list[Consumer]] = [[] for _ in range(count)]
-    norms, direct, layer_module = _norms(index, records, unit_group, unit_place, components)
+    norms, direct = _norms(index, records, unit_group, unit_place, components)
     seen: set[tuple[int, str]] = set()
     for number, layer in enumerate(records.layers):
         if layer.kind == "norm":
@@ -639,7 +636,7 @@ def _norms(
     unit_group: NDArray[np.int64],
     unit_place: NDArray[np.int64],
     components: Sequence[NDArray[np.int64]],
-) -> tuple[list[list[Norm]], dict[tuple[int, int], list[Norm]], None]:
+) -> tuple[list[list[Norm]], dict[tuple[int, int], list[Norm]]]:
     """Norms over each group, and those that follow a layer directly: (record number, group) -> norms."""
     slots = {s.name: s for s in index.slots if s.dim == 0}
     by_group: list[list[Norm]] = [[] for _ in components]
@@ -661,7 +658,7 @@ def _norms(
             by_group[g].append(norm)
             if layer.source is not None:
                 direct.setdefault((layer.source, g), []).append(norm)
-    return by_group, direct, None
+    return by_group, direct
 
 
 def _frozen_names(
@@ -738,7 +735,9 @@ def _costs(
     for slot in records.slots:
         slots.setdefault(slot.name, []).append(slot)
         arrays[slot.name, slot.dim] = np.arange(slot.offset, slot.offset + slot.size)
-    flop_terms = [(t.coefficient, [size(ids) for d in t.dims for _, ids in d if ids is not None]) for t in records.terms]
+    flop_terms = [
+        (t.coefficient, [size(ids) for d in t.dims for _, ids in d if ids is not None]) for t in records.terms
+    ]
     param_terms = [(1, [size(arrays[s.name, s.dim]) for s in slots[name]]) for name, _ in model.named_parameters()]
     resized = _resized(model, records, size)
 

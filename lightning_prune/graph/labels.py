@@ -2,9 +2,9 @@
 
 A *coordinate* is one index of one dimension of one parameter or buffer, numbered through the whole model. A traced
 tensor carries one `Dim` per dimension: a product of *factors*, outermost first, each a size and, where it is tracked,
-an array of coordinate numbers. ``flatten`` of (C, H, W) so becomes ``((C, ids), (H*W, None))`` without repeating a label
-H*W times. A position without a coordinate has the number -1. Dimensions of size 1 are never tracked: there is nothing
-to remove from them.
+an array of coordinate numbers. ``flatten`` of (C, H, W) so becomes ``((C, ids), (H*W, None))`` without repeating a
+label H*W times. A position without a coordinate has the number -1. Dimensions of size 1 are never tracked: there is
+nothing to remove from them.
 """
 
 from __future__ import annotations

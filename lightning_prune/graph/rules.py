@@ -34,9 +34,31 @@ RULES: dict[str, Rule] = {}
 
 # Functions of torch itself that derive every size they use from the tensors they get.
 _SIZES_FROM_TENSORS = frozenset(
-    "flatten linear matmul __matmul__ bmm batch_norm layer_norm group_norm instance_norm conv1d conv2d conv3d "
-    "adaptive_avg_pool1d adaptive_avg_pool2d chunk permute transpose pixel_shuffle dropout einsum "
-    "max_pool1d avg_pool1d interpolate".split()
+    [
+        "flatten",
+        "linear",
+        "matmul",
+        "__matmul__",
+        "bmm",
+        "batch_norm",
+        "layer_norm",
+        "group_norm",
+        "instance_norm",
+        "conv1d",
+        "conv2d",
+        "conv3d",
+        "adaptive_avg_pool1d",
+        "adaptive_avg_pool2d",
+        "chunk",
+        "permute",
+        "transpose",
+        "pixel_shuffle",
+        "dropout",
+        "einsum",
+        "max_pool1d",
+        "avg_pool1d",
+        "interpolate",
+    ]
 )
 
 
@@ -65,9 +87,6 @@ def _unknown(t: Tracer, name: str, out: Any, *args: Any, **kwargs: Any) -> None:
         info = t.info(tensor)
         if any(is_tracked(d) for d in info.dims):
             t.freeze(info.dims, f"operator '{name}' has no rule")
-
-
-# -- one value at a time ----------------------------------------------------------------------------------------------
 
 
 def broadcast(t: Tracer, name: str, tensors: Sequence[Tensor], ndim: int) -> list[Dim]:
@@ -117,7 +136,8 @@ def _like(t: Tracer, name: str, out: Any, self: Tensor, *args: Any, **kwargs: An
 @rule(
     "zeros", "ones", "empty", "full", "arange", "rand", "randn", "randint", "scalar_tensor", "linspace", "eye",
     "empty_strided", "new_zeros", "new_ones", "new_empty", "new_full", "new_empty_strided", "empty_permuted",
-    "_local_scalar_dense", "sym_size", "is_same_size", "randperm", "equal", "tril_indices", "triu_indices", "_efficientzerotensor",
+    "_local_scalar_dense", "sym_size", "is_same_size", "randperm", "equal", "tril_indices", "triu_indices",
+    "_efficientzerotensor",
     "_assert_async", "_assert_tensor_metadata", "lift",
 )  # fmt: skip
 def _no_labels(t: Tracer, name: str, out: Any, *args: Any, **kwargs: Any) -> None:
@@ -131,9 +151,6 @@ def _copy(t: Tracer, name: str, out: Tensor, self: Tensor, src: Tensor, *args: A
     if any(is_tracked(d) for d in info.dims) or self._is_view():
         dims = [t.same(a, b, "writing into a tensor") if b else a for a, b in zip(info.dims, dims, strict=True)]
     t.set(out, [d if d else untracked(n) for d, n in zip(dims, out.shape, strict=True)])
-
-
-# -- layers -----------------------------------------------------------------------------------------------------------
 
 
 def _only(dim: Dim) -> Ids | None:
@@ -187,7 +204,7 @@ def _convolution(
 def _grouped(
     t: Tracer, x: Tensor, w: Tensor, read: Dim, per_out: Dim, per_in: Dim, transposed: bool, groups: int
 ) -> tuple[Dim, bool, bool]:
-    """A grouped convolution: whole groups go, or the same index of every group, whichever leaves more to choose from."""
+    """Whole groups go, or the same index of every group, whichever leaves more to choose from."""
     ins = full(read)
     rows = (full(per_in), full(per_out)) if transposed else (full(per_out), full(per_in))
     outer, inner = rows  # outer: weight dimension 0, which holds all groups; inner: one group's worth
@@ -310,9 +327,6 @@ def _attention(t: Tracer, name: str, out: Any, q: Tensor, k: Tensor, v: Tensor, 
     t.set(first, [d if d else untracked(n) for d, n in zip(dims, first.shape, strict=True)])
 
 
-# -- norms ------------------------------------------------------------------------------------------------------------
-
-
 @rule(
     "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training",
     "_batch_norm_with_update", "_batch_norm_no_update", "cudnn_batch_norm", "miopen_batch_norm",
@@ -332,7 +346,11 @@ def _batch_norm(t: Tracer, name: str, out: Any, x: Tensor, *args: Any, **kwargs:
     over_batch = next((a for a in args if isinstance(a, bool)), name.startswith("_batch_norm_with_update"))
     affine = weight is not None
     scale = (5 if affine else 4) if marked or over_batch else (2 if affine else 1)
-    t.flops("instance_norm" if marked else "batch_norm", scale, [channels if i == 1 else d for i, d in enumerate(_numel(t, x))])
+    t.flops(
+        "instance_norm" if marked else "batch_norm",
+        scale,
+        [channels if i == 1 else d for i, d in enumerate(_numel(t, x))],
+    )
     ids = _only(channels)
     if ids is not None:
         t.layer(LayerRecord("norm", t.module, ids, None, _param(t, weight), _param(t, bias), source=xi.source))
@@ -382,15 +400,14 @@ def _group_norm(t: Tracer, name: str, out: Any, x: Tensor, weight: Tensor | None
         t.suspect([channels])
     else:
         t.freeze([channels], "its group norm has one channel a group, as many as the module says")
-    t.flops("group_norm", 5 if weight is not None else 4, [channels if i == 1 else d for i, d in enumerate(_numel(t, x))])
+    t.flops(
+        "group_norm", 5 if weight is not None else 4, [channels if i == 1 else d for i, d in enumerate(_numel(t, x))]
+    )
     only = _only(channels)
     if only is not None and weight is not None:
         t.layer(LayerRecord("norm", t.module, only, None, _param(t, weight), _param(t, bias), source=xi.source))
     dims = [channels if i == 1 else d for i, d in enumerate(xi.dims)]
     t.set(_outputs(out)[0], [d if d else untracked(k) for d, k in zip(dims, x.shape, strict=True)])
-
-
-# -- space ------------------------------------------------------------------------------------------------------------
 
 
 def _spatial(count: int, operator: str = "", input_scale: int = 0, output_scale: int = 0) -> Rule:
@@ -478,9 +495,6 @@ def _channel_shuffle(t: Tracer, name: str, out: Tensor, x: Tensor, groups: int) 
         t.couple(ids, groups)
         dims[1] = tracked(ids.reshape(groups, -1).T.ravel())
     t.set(out, dims)
-
-
-# -- layout -----------------------------------------------------------------------------------------------------------
 
 
 @rule("view", "_unsafe_view", "reshape", "_reshape_alias", "flatten", "unflatten")
@@ -701,9 +715,6 @@ def _index(t: Tracer, name: str, out: Tensor, x: Tensor, *args: Any, **kwargs: A
         if ids is not None:
             t.layer(LayerRecord("embedding", t.module, ids, None, t.info(x).param))
     t.set(out, [d if d else untracked(n) for d, n in zip(result, out.shape, strict=True)])
-
-
-# -- over a dimension -------------------------------------------------------------------------------------------------
 
 
 def _axes(x: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> list[int]:

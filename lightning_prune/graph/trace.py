@@ -30,8 +30,26 @@ _HERE = str(Path(__file__).parent)
 
 # Functions of torch that multiply matrices, or pool, by operators fvcore counts, while it counts none for themselves.
 _UNCOUNTED = frozenset(
-    "lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell baddbmm addbmm mv addmv dot vdot inner "
-    "tensordot cdist adaptive_avg_pool1d".split()
+    [
+        "lstm",
+        "gru",
+        "rnn_tanh",
+        "rnn_relu",
+        "lstm_cell",
+        "gru_cell",
+        "rnn_tanh_cell",
+        "rnn_relu_cell",
+        "baddbmm",
+        "addbmm",
+        "mv",
+        "addmv",
+        "dot",
+        "vdot",
+        "inner",
+        "tensordot",
+        "cdist",
+        "adaptive_avg_pool1d",
+    ]
 )
 
 
@@ -101,14 +119,14 @@ class Records:
     has_training_branch: bool = False
 
 
-class Tracer(TorchDispatchMode):
+class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows labels through the operators called inside its context.
 
     Rules (`lightning_prune.graph.rules`) call its verbs: `same`, `freeze`, `inexact`, `layer`, `flops`.
     """
 
     def __init__(self, records: Records, model: nn.Module, rules: Mapping[str, Callable[..., None]]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.records = records
         self.counting = False
         self.call = Call()
@@ -137,8 +155,6 @@ class Tracer(TorchDispatchMode):
                 self._infos[_key(tensor)] = Info(dims, param=name)
                 self._alive.append(tensor)
 
-    # -- what rules read ------------------------------------------------------------------------------------------
-
     def info(self, tensor: Tensor) -> Info:
         """What is known of a tensor; untracked dimensions if nothing is."""
         found = self._infos.get(_key(tensor))
@@ -152,8 +168,6 @@ class Tracer(TorchDispatchMode):
     def module(self) -> str:
         """Path of the innermost module that is running."""
         return self._path[-1] if self._path else ""
-
-    # -- what rules say -------------------------------------------------------------------------------------------
 
     def set(self, tensor: Tensor, dims: Sequence[Dim], source: int | None = None, param: str | None = None) -> None:
         """Give a result its labels."""
@@ -194,7 +208,10 @@ class Tracer(TorchDispatchMode):
             return
         self.records.edges.append((left[known], right[known]))
         lone = ~known
-        self._freeze(np.concatenate([left[lone], right[lone]]), f"{why} pairs it with channels that no parameter makes (padded in, or constant)")
+        self._freeze(
+            np.concatenate([left[lone], right[lone]]),
+            f"{why} pairs it with channels that no parameter makes (padded in, or constant)",
+        )
 
     def couple(self, ids: Ids, parts: int) -> None:
         """The same index of each of ``parts`` equal parts is one channel."""
@@ -256,8 +273,6 @@ class Tracer(TorchDispatchMode):
                 break
             frame = frame.f_back  # type: ignore[assignment]
         return f" (in {self.module or 'the model'}{line})"
-
-    # -- the mode -------------------------------------------------------------------------------------------------
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -333,9 +348,6 @@ def _key(tensor: Tensor) -> tuple[Any, ...]:
     """Identity of the data a tensor shows: two views of the same memory in the same layout are the same."""
     storage = tensor.untyped_storage()._cdata if tensor.layout == torch.strided else id(tensor)
     return storage, tensor.storage_offset(), tensor.shape, tensor.stride()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""One paper per file. The files beside this one are found by themselves; nothing lists them but the package's re-export."""
+"""One paper per file. The files beside this one are found by themselves; only the package re-exports them by name."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ def discover() -> dict[str, type[Pruner]]:
     for entry in iter_modules(__path__):
         module = import_module(f"{__name__}.{entry.name}")
         for name, value in vars(module).items():
-            if inspect.isclass(value) and issubclass(value, Pruner) and value.__module__ == module.__name__:
-                if not name.startswith("_"):
-                    found[name] = value
+            own = inspect.isclass(value) and value.__module__ == module.__name__
+            if own and issubclass(value, Pruner) and not name.startswith("_"):
+                found[name] = value
     return found
 
 

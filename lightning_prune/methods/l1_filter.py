@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_prune.budget import Budget
 from lightning_prune.graph.views import LayerView
 from lightning_prune.pruner import ChannelPruner, Join, Paper
+from lightning_prune.ranking import top_mask
 from lightning_prune.schedule import OneShot
 
 
@@ -70,11 +71,10 @@ class L1Filter(ChannelPruner):
     paper = Paper("Li et al.", 2017, "https://arxiv.org/abs/1608.08710")
     default_schedule = OneShot(0.5)
     default_scope = "uniform"
-    join = "first"
 
     def __init__(
         self,
-        budget: Any,
+        budget: Budget | float,
         *,
         mode: Literal["independent", "greedy"] = "independent",
         group_reduction: Join = "first",
@@ -87,7 +87,7 @@ class L1Filter(ChannelPruner):
             raise ValueError(f"group_reduction must be 'first', 'sum', 'mean' or 'min', got {group_reduction!r}")
         self.mode = mode
         self.group_reduction = group_reduction
-        self.join = group_reduction
+        self.join: Join = group_reduction
 
     @override
     def score(self, view: LayerView) -> Tensor:
@@ -108,8 +108,6 @@ class L1Filter(ChannelPruner):
         return self._greedily({name: int(mask.sum()) for name, mask in keep.items()})
 
     def _greedily(self, counts: Mapping[str, int]) -> dict[str, Tensor]:
-        from lightning_prune.ranking import top_mask
-
         gone: dict[str, list[tuple[int, Tensor]]] = {}
         keep = {}
         for name, views in self._views.items():

@@ -1,7 +1,7 @@
 """Magnitude pruning: drop the weights with the smallest absolute value, at once, in rounds, or gradually.
 
-Han, Pool, Tran and Dally, 2015; the gradual schedule is of Zhu and Gupta, 2017. Differs from the papers: the budget is met
-by exact count, so that thresholds are solved for, not given; a weight that went never returns.
+Han, Pool, Tran and Dally, 2015; the gradual schedule is of Zhu and Gupta, 2017. Differs from the papers: the budget is
+met by exact count, so that thresholds are solved for, not given; a weight that went never returns.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_prune.budget import Budget
 from lightning_prune.pruner import Paper, WeightPruner
 from lightning_prune.schedule import Gradual
 
@@ -75,7 +76,7 @@ class Magnitude(WeightPruner):
     default_schedule = Gradual(start=0.1, end=0.7, events=20)
     default_scope = "layer"
 
-    def __init__(self, budget: Any, **shared: Any) -> None:
+    def __init__(self, budget: Budget | float, **shared: Any) -> None:
         super().__init__(budget, **shared)
 
     @override

@@ -10,10 +10,10 @@ from __future__ import annotations
 import warnings
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_prune.budget import Budget
 from lightning_prune.graph.views import LayerView
 from lightning_prune.pruner import ChannelPruner, Paper
 from lightning_prune.schedule import Iterative
@@ -67,7 +67,7 @@ class TaylorWeight(ChannelPruner):
 
     def __init__(
         self,
-        budget: Any,
+        budget: Budget | float,
         *,
         order: Literal[1] = 1,
         on: Literal["gate", "weight"] = "gate",
