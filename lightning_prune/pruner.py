@@ -16,6 +16,7 @@ whose optimizer step reaches it, before validation and before checkpoints are wr
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 import warnings
 from abc import abstractmethod
@@ -129,6 +130,7 @@ class Pruner(Callback):
         self._total_steps: int | None = None
         self._rows: list[dict[str, float]] = []
         self._seconds = 0.0
+        self._seed: str | None = None
         self._restored: dict[str, Any] | None = None
         self._graph: ChannelGraph | None = None
         self._handles: list[Any] = []
@@ -179,6 +181,7 @@ class Pruner(Callback):
         )
 
     _cost_now: Cost | None = None
+    _shown: float | None = None
     _frozen: Mapping[str, str] = {}
 
     @abstractmethod
@@ -217,9 +220,8 @@ class Pruner(Callback):
 
     def seed(self, purpose: str) -> int:
         """A seed from the run's own (``seed_everything``), the class and a purpose; equal on all processes."""
-        from os import environ
-
-        text = f"{environ.get('PL_GLOBAL_SEED', '0')}/{type(self).__name__}/{purpose}"
+        run = _global_seed() if self._seed is None else self._seed
+        text = f"{run}/{type(self).__name__}/{purpose}"
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
     @property
@@ -281,19 +283,19 @@ class Pruner(Callback):
             self._steps += 1
             self._after_step()
             self._run_due(trainer, pl_module)
-        self._show(pl_module)
+        self._show(pl_module, first=batch_idx == 0)
 
     @override
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make the metrics known to checkpoints that are written after validation."""
         if not trainer.sanity_checking and self._dense_cost is not None and self._graph is not None:
-            self._monitor(pl_module)
+            self._monitor(trainer, pl_module)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """One row an epoch."""
-        self._monitor(pl_module)
-        self.log_row(trainer)
+        self._monitor(trainer, pl_module)
+        self.log_row(trainer, ended=True)
 
     @override
     def on_save_checkpoint(
@@ -315,6 +317,7 @@ class Pruner(Callback):
             "steps": self._steps,
             "total_steps": self._total_steps,
             "seconds": self._seconds,
+            "seed": self._seed,
             "rows": [dict(row) for row in self._rows],
         }
 
@@ -331,6 +334,7 @@ class Pruner(Callback):
         self._steps = int(state_dict["steps"])
         self._total_steps = state_dict["total_steps"]
         self._seconds = float(state_dict["seconds"])
+        self._seed = state_dict["seed"]
         self._rows = [dict(row) for row in state_dict["rows"]]
 
     def _start(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
@@ -338,6 +342,7 @@ class Pruner(Callback):
         self._stepped = False
         if not resumed:
             self._plan, self._done, self._steps, self._rows, self._seconds = Plan(), 0, 0, [], 0.0
+            self._seed, self._cost_now = _global_seed(), None
         self._fix_events(trainer, resumed)
         self._graph = self._trace(trainer, model)
         self._frozen = self._graph.frozen
@@ -399,7 +404,7 @@ class Pruner(Callback):
         if not changed:
             rank_zero_warn(f"{type(self).__name__}: the event at step {self._steps} changed nothing")
         self._cost_now = self._current_cost()
-        row = self.log_row(trainer, seconds=time.perf_counter() - started)
+        row = self.log_row(trainer)
         self._rows.append({"step": float(self._steps), **row})
         self._log_pictures(trainer)
         rank_zero_info(
@@ -407,24 +412,29 @@ class Pruner(Callback):
             f"flops kept {row['prune/flops_kept']:.4f}, density {row['prune/density']:.4f}"
         )
 
-    def log_row(self, trainer: pl.Trainer, seconds: float | None = None) -> dict[str, float]:
-        """Write one row to every logger, at Lightning's own step; returns it."""
+    def log_row(self, trainer: pl.Trainer, ended: bool = False) -> dict[str, float]:
+        """Write one row to every logger, at Lightning's own step (at an epoch's end that of its last batch); returns it."""
         row = self._row()
         row["prune/event"] = float(self._done)
-        row["prune/seconds"] = self._seconds if seconds is None else seconds
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        row["prune/seconds"] = self._seconds
+        step = max(0, trainer.fit_loop.epoch_loop._batches_that_stepped - ended)
         for logger in trainer.loggers:
             logger.log_metrics(row, step)
         return row
 
-    def _monitor(self, model: pl.LightningModule) -> None:
+    def _monitor(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
         row = self._row()
         for key in ("prune/flops_kept", "prune/density", "prune/params_kept"):
-            model.log(key, row[key], on_step=False, on_epoch=True, logger=False)
+            several = trainer.world_size > 1
+            model.log(key, row[key], on_step=False, on_epoch=True, logger=False, sync_dist=several)
 
-    def _show(self, model: pl.LightningModule) -> None:
-        if self._cost_now is not None and self._dense_cost is not None:
-            kept = self._cost_now.flops / max(1, self._dense_cost.flops)
+    def _show(self, model: pl.LightningModule, first: bool) -> None:
+        """In the progress bar, where it changed or an epoch began; the bar keeps it."""
+        if self._cost_now is None or self._dense_cost is None:
+            return
+        kept = self._cost_now.flops / max(1, self._dense_cost.flops)
+        if first or kept != self._shown:
+            self._shown = kept
             model.log("flops_kept", kept, prog_bar=True, logger=False, on_step=True, on_epoch=False)
 
     def _log_pictures(self, trainer: pl.Trainer) -> None:
@@ -440,6 +450,10 @@ class Pruner(Callback):
         figures.log_figure(
             trainer.loggers, "prune/curve", lambda: figures.curve_figure([_plain(row) for row in self._rows]), step
         )
+
+
+def _global_seed() -> str:
+    return os.environ.get("PL_GLOBAL_SEED", "0")
 
 
 def _plain(row: Mapping[str, float]) -> dict[str, object]:
@@ -528,6 +542,7 @@ class ChannelPruner(Pruner):
         self.verify = verify
         self._statistics: Statistics | None = None
         self._views: dict[str, list[LayerView]] = {}
+        self._anchors: dict[str, int] = {}
         self._alive: dict[str, Tensor] = {}
         self._dense_sizes: dict[str, int] = {}
         self._masks: Masks | None = None
@@ -637,6 +652,7 @@ class ChannelPruner(Pruner):
         if self._statistics is None:
             device = next(iter(parameters.values())).device
             self._statistics = Statistics({g.name: g.size for g in self._groups}, device)
+        self._anchors = {name: _anchor(views[0], parameters) for name, views in self._views.items()}
         for name, views in self._views.items():
             for view in views:
                 view.kept = self._statistics.kept[name]
@@ -682,13 +698,16 @@ class ChannelPruner(Pruner):
     @override
     def _gather(self, optimizer: Optimizer) -> None:
         if self._measures and self._statistics is not None and self._done < len(self._events):
+            held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            values = {}
             with torch.no_grad():
-                values = {}
                 for name, views in self._views.items():
+                    if self._anchors[name] not in held:
+                        continue  # measured when the optimizer that trains it steps
                     parts = [part for part in (self.measure(view) for view in views) if part is not None]
-                    if not parts:
-                        return  # another optimizer's turn, or nothing has a gradient yet
-                    values[name] = self.combine(self._joined(parts))
+                    if parts:
+                        values[name] = self.combine(self._joined(parts))
+            if values:
                 self._statistics.add(values)
         if self._masks is not None:
             self._masks.mask_gradients()
@@ -708,13 +727,13 @@ class ChannelPruner(Pruner):
     def _score_all(self) -> dict[str, Tensor]:
         assert self._statistics is not None
         if self._measures:
-            if self._statistics.batches == 0:
+            if missing := self._statistics.unmeasured():
                 seen = self._statistics.skipped
                 raise NonFiniteScore(
                     f"{type(self).__name__} has no finite batch to score by: {seen} batches were not finite"
                     if seen
-                    else f"{type(self).__name__} has no gradient to score by: a training batch must run first, and "
-                    f"every layer in {list(self._views)[:3]}... must be trained; move the event later or ignore= them"
+                    else f"{type(self).__name__} has no gradient to score {', '.join(missing[:3])} by: a training batch "
+                    "must run first, and these layers must be trained; move the event later or ignore= them"
                 )
             for name, mean in self._statistics.means().items():
                 for view in self._views[name]:
@@ -796,8 +815,8 @@ class ChannelPruner(Pruner):
             self._graph, self._frozen = settled, settled.frozen
             self._groups = [g for g in self._groups if g.name not in gone]
             for name in gone:
-                del self._views[name], self._alive[name], self._dense_sizes[name], statistics.kept[name]
-            statistics.cut({g.name: torch.ones(g.size, dtype=torch.bool) for g in self._groups})
+                del self._views[name], self._alive[name], self._dense_sizes[name]
+            statistics.drop(gone)
             kept_scores = {name: score for name, score in scores.items() if name not in gone}
             again = self._choose(kept_scores, self.budget.at(progress))
             return self._cut(trainer, model, again, kept_scores, progress)
@@ -875,6 +894,12 @@ def _choice(name: str, value: str, allowed: Sequence[str]) -> None:
 
 def _rest(verify: str) -> str:
     return "always" if verify == "always" else "never"
+
+
+def _anchor(view: LayerView, parameters: Mapping[str, Tensor]) -> int:
+    """Identity of the parameter whose optimizer's turn is the group's: the first that is trained."""
+    names = [view.weight_name, *view.gate_names]
+    return id(parameters[next((n for n in names if parameters[n].requires_grad), names[0])])
 
 
 def _is_ignored(group: Group, ignored: set[str]) -> bool:
@@ -1031,6 +1056,17 @@ class WeightPruner(Pruner):
         return changed
 
     @override
+    def _current_cost(self) -> Cost:
+        """Dense kernels cost what they cost; parameters at zero are not counted."""
+        assert self._dense_cost is not None
+        return Cost(self._dense_cost.flops, self._params_left(), self._dense_cost.by_layer)
+
+    def _params_left(self) -> int:
+        assert self._dense_cost is not None
+        gone = 0 if self._masks is None else sum(int((~m).sum()) for m in self._masks.as_bool().values())
+        return self._dense_cost.params - gone
+
+    @override
     def _row(self) -> dict[str, float]:
         assert self._dense_cost is not None
         densities = self._masks.densities() if self._masks is not None else {}
@@ -1038,7 +1074,7 @@ class WeightPruner(Pruner):
         exempt = sum(self._exempt.values())
         total = sum(w.numel() for w in self._weights.values()) + exempt
         saved = sum(self._flops.get(n, 0) * (1 - d) for n, d in densities.items())
-        params = self._dense_cost.params - (total - exempt - kept)
+        params = self._params_left()
         row = {
             "prune/flops": float(self._dense_cost.flops),
             "prune/flops_kept": 1.0,

@@ -217,26 +217,45 @@ def rank_weights(
     if scope == "layer":
         return _weights_by_layer(scores, allowance, prices)
     names = list(scores)
-    flat = torch.cat([scores[n].detach().reshape(-1).float() for n in names])
+    dtype = torch.float64 if any(scores[n].dtype == torch.float64 for n in names) else torch.float32
+    flat = torch.cat([scores[n].detach().reshape(-1).to(dtype) for n in names])
     order = torch.sort(flat, stable=True).indices.flip(0)  # best first; of equal ones the higher index
-    alive = ~torch.isneginf(flat[order])
     cost = torch.cat([torch.full((scores[n].numel(),), prices[n], dtype=torch.float64) for n in names])
-    spent = torch.cumsum(cost.to(order.device)[order], 0)
-    chosen = order[(spent <= allowance * (1 + 1e-12)) & alive]
     mask = torch.zeros(len(flat), dtype=torch.bool, device=flat.device)
-    mask[chosen] = True
+    mask[order] = _affordable(cost.to(order.device)[order], ~torch.isneginf(flat[order]), allowance)
     parts = torch.split(mask, [scores[n].numel() for n in names])
     return {n: part.reshape(scores[n].shape) for n, part in zip(names, parts, strict=True)}
 
 
+def _affordable(cost: Tensor, alive: Tensor, allowance: float) -> Tensor:
+    """Which units, best first, an allowance pays for; past one too dear, cheaper ones may still be paid for."""
+    chosen = torch.zeros_like(alive)
+    left = allowance * (1 + 1e-12)
+    while bool((candidates := alive & ~chosen & (cost <= left)).any()):  # each round rules out one price
+        taken = candidates & (torch.cumsum(cost * candidates, 0) <= left)
+        chosen |= taken
+        left -= float(cost[taken].sum())
+    return chosen
+
+
 def _weights_by_layer(scores: Mapping[str, Tensor], allowance: float, prices: Mapping[str, float]) -> dict[str, Tensor]:
-    total = sum(prices[n] * s.numel() for n, s in scores.items())
-    fraction = min(1.0, allowance / total) if total else 0.0
-    exact = {n: fraction * s.numel() for n, s in scores.items()}
+    alive = {n: int((~torch.isneginf(s)).sum()) for n, s in scores.items()}
+    exact = {n: float(k) for n, k in alive.items()}
+    share, rest = dict.fromkeys(scores), allowance  # layers that do not keep all they can share what the others leave
+    while share:
+        total = sum(prices[n] * scores[n].numel() for n in share)
+        fraction = min(1.0, rest / total) if total else 1.0
+        full = [n for n in share if fraction * scores[n].numel() >= alive[n]]
+        exact |= {n: fraction * scores[n].numel() for n in share if n not in full}
+        if not full:
+            break
+        for n in full:
+            rest -= prices[n] * alive[n]
+            del share[n]
     kept = {n: int(e + 1e-9) for n, e in exact.items()}
     left = allowance - sum(prices[n] * k for n, k in kept.items())
     for n in sorted(kept, key=lambda name: kept[name] - exact[name]):
-        if prices[n] <= left * (1 + 1e-12) and kept[n] < scores[n].numel():
+        if prices[n] <= left * (1 + 1e-12) and kept[n] < alive[n]:
             kept[n] += 1
             left -= prices[n]
     return {n: top_mask(s, kept[n]) for n, s in scores.items()}

@@ -77,7 +77,10 @@ class Report:
         return json.dumps(_finite(self.to_dict()), indent=indent, allow_nan=False)
 
     def to_markdown(self) -> str:
-        """Up to four tables: cost, channels per group, events, and what is frozen; empty ones are left out."""
+        """Up to four tables: cost, channels per group, events, and what is frozen; empty ones are left out.
+
+        The events leave out the columns of single groups, ``prune/channels/<group>``; `rows` has them.
+        """
         cost = [
             {"": "flops", "before": self.before.flops, "after": self.after.flops, "kept": self.flops_kept},
             {"": "params", "before": self.before.params, "after": self.after.params, "kept": self.params_kept},
@@ -87,7 +90,8 @@ class Report:
             for name, (kept, dense) in self.groups.items()
         ]
         frozen = [{"frozen": name, "reason": reason} for name, reason in self.frozen.items()]
-        return "\n\n".join(markdown_table(rows) for rows in (cost, groups, self.rows, frozen) if rows)
+        events = [{key: value for key, value in row.items() if key.count("/") < 2} for row in self.rows]
+        return "\n\n".join(markdown_table(rows) for rows in (cost, groups, events, frozen) if rows)
 
     def __str__(self) -> str:
         return self.to_markdown()

@@ -6,7 +6,7 @@ event to event and lose the entries of channels that go.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torchmetrics import Metric
 
 
 class ChannelSums(Metric):
-    """Sum of a vector over batches, and how many batches were finite; both are summed over processes.
+    """Sum of a vector over batches, and over how many finite batches each entry was summed; both join over processes.
 
     A batch with a NaN or infinite entry is left out whole, without asking the device.
 
@@ -31,18 +31,19 @@ class ChannelSums(Metric):
     def __init__(self, size: int) -> None:
         super().__init__()
         self.add_state("total", torch.zeros(size, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros(size, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("skipped", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, values: Tensor) -> None:
+    def update(self, values: Tensor, measured: Tensor | None = None) -> None:
         """Add one batch.
 
         Args:
-            values: (size,).
+            values: (size,), 0 where nothing was measured.
+            measured: (size,) bool; None for all.
         """
         finite = torch.isfinite(values).all()
         self.total += torch.where(finite, values.to(self.total.dtype), 0.0)
-        self.count += finite
+        self.count += finite if measured is None else finite & measured
         self.skipped += ~finite
 
     def compute(self) -> Tensor:
@@ -56,6 +57,9 @@ class Statistics:
     Args:
         sizes: group -> number of channels, in data-flow order.
         device: where batches are summed.
+
+    Attributes:
+        kept: group -> name -> (C,) tensor; the dicts stay the same objects, so that views can hold them.
     """
 
     def __init__(self, sizes: Mapping[str, int], device: torch.device) -> None:
@@ -68,13 +72,19 @@ class Statistics:
         return ChannelSums(sum(self._sizes.values())).to(self._device)
 
     def add(self, values: Mapping[str, Tensor]) -> None:
-        """Add what one batch says: group -> (C,)."""
-        self._window.update(torch.cat([values[name] for name in self._sizes]))
+        """Add what one batch says: group -> (C,); a group that is left out was not measured."""
+        if len(values) == len(self._sizes):
+            self._window.update(torch.cat([values[name] for name in self._sizes]))
+            return
+        device = self._window.total.device
+        parts = [values[n] if n in values else torch.zeros(size, device=device) for n, size in self._sizes.items()]
+        known = [torch.full((size,), n in values, device=device) for n, size in self._sizes.items()]
+        self._window.update(torch.cat(parts), torch.cat(known))
 
-    @property
-    def batches(self) -> int:
-        """Finite batches in the window, of this process."""
-        return int(self._window.count)
+    def unmeasured(self) -> list[str]:
+        """Groups without a finite batch in the window, of this process."""
+        counts = self._window.count.split(list(self._sizes.values()))
+        return [name for name, count in zip(self._sizes, counts, strict=True) if not bool(count.any())]
 
     @property
     def skipped(self) -> int:
@@ -84,13 +94,20 @@ class Statistics:
     def means(self) -> dict[str, Tensor]:
         """group -> (C,) mean over the window and over processes."""
         values = self._window.compute().float()
-        return dict(zip(self._sizes, torch.split(values, list(self._sizes.values())), strict=True))
+        return dict(zip(self._sizes, values.split(list(self._sizes.values())), strict=True))
 
     def cut(self, keep: Mapping[str, Tensor]) -> None:
         """Begin a new window; kept tensors lose what goes. ``keep`` is group -> (C,) bool."""
         for name, mask in keep.items():
-            self.kept[name] = {key: value[mask.to(value.device)] for key, value in self.kept[name].items()}
+            for key, value in self.kept[name].items():
+                self.kept[name][key] = value[mask.to(value.device)]
             self._sizes[name] = int(mask.sum())
+        self._window = self._new_window()
+
+    def drop(self, names: Iterable[str]) -> None:
+        """Forget groups, and begin a new window."""
+        for name in names:
+            del self.kept[name], self._sizes[name]
         self._window = self._new_window()
 
     def state_dict(self) -> dict[str, Any]:
@@ -118,8 +135,8 @@ class Statistics:
         self._window.total = state["total"].to(self._device)
         self._window.count = state["count"].to(self._device)
         self._window.skipped = state["skipped"].to(self._device)
-        if bool(self._window.count + self._window.skipped > 0):
+        if bool(self._window.count.any() or self._window.skipped > 0):
             self._window._update_count = 1
-        self.kept = {
-            name: {key: t.to(self._device) for key, t in state["kept"].get(name, {}).items()} for name in self._sizes
-        }
+        for name, kept in self.kept.items():
+            kept.clear()
+            kept.update({key: t.to(self._device) for key, t in state["kept"].get(name, {}).items()})

@@ -68,7 +68,7 @@ def cut(
 
     Args:
         model: the model the plan was made for, dense or cut by an earlier plan of the same run.
-        plan: what is kept, in indices of the dense model.
+        plan: what is kept, in indices of the dense model, or of the model as it is now if it was traced again.
         optimizers: their state is sliced with the parameters; groups, learning rates and schedulers stay.
         example_inputs: what the proof runs on; by default what `trace` was given for this model.
         verify: "first" (prove the first cut of this model), "always", or "never".
@@ -86,7 +86,9 @@ def cut(
         raise ValueError(f"verify must be 'first', 'always' or 'never', got {verify!r}")
     started = time.perf_counter()
     graph = graph or _graphs.get(model)
-    since = since or _applied.get(model) or Plan()
+    earlier = _applied.get(model) or Plan()
+    if since is None:
+        since = Plan() if _is_of_now(model, plan, earlier) else earlier
     before = graph.cost() if graph is not None else _params_only(model)
     inputs = graph.example_inputs if example_inputs is None and graph is not None else example_inputs
     proved = verify != "never" and (verify == "always" or since.is_empty)
@@ -102,7 +104,7 @@ def cut(
         operation.apply()
     follow(optimizers, operation.cuts())
     operation.finish()
-    _applied[model] = plan
+    _applied[model] = plan if since == earlier else compose(earlier, plan)
     after = _params_only(model)
     if graph is not None:
         after = Cost(*_after(graph, plan))
@@ -113,6 +115,14 @@ def cut(
         removed=operation.removed(),
         frozen=dict(graph.frozen) if graph is not None else {},
         seconds=time.perf_counter() - started,
+    )
+
+
+def _is_of_now(model: nn.Module, plan: Plan, earlier: Plan) -> bool:
+    """Whether a plan speaks of the model as it is now, traced again after an earlier cut, not of the dense one."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return not earlier.is_empty and all(
+        name in tensors and tuple(tensors[name].shape) == shape for name, shape in plan.shapes.items()
     )
 
 
@@ -358,6 +368,7 @@ class _ZeroBlindNorms(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Norms across channels, replaced by ones that channels at zero do not change: x / |x|, then scale and shift."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))  # also where it is replaced: its checks belong to the proof
         name = func._schema.name
         if name == "aten::native_layer_norm":
             x, shape, weight, bias, eps = args[:5]
@@ -372,7 +383,7 @@ class _ZeroBlindNorms(TorchDispatchMode):  # type: ignore[no-untyped-call]
             y = y if weight is None else y * weight.reshape(wide)
             y = y if bias is None else y + bias.reshape(wide)
             return y, x.new_zeros(()), x.new_zeros(())
-        return func(*args, **(kwargs or {}))
+        return out
 
 
 def _by_length(x: Tensor, dims: list[int], eps: float) -> Tensor:

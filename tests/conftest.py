@@ -2,15 +2,20 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import Callback, Checkpoint
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_prune.cost import count
 from lightning_prune.graph.groups import ChannelGraph
+from lightning_prune.graph.trace import run, undisturbed
 from lightning_prune.surgery import cut, difference
 
 torch.set_num_threads(1)
@@ -118,7 +123,7 @@ def wrong_attributes(model: nn.Module) -> list[str]:
 
 
 def check_cut(graph: ChannelGraph, seed: int = 0, exact: bool = True) -> nn.Module:
-    """Cut a copy of a graph's model at random, and hold the result against everything that was said beforehand.
+    """Cut a copy of a graph's model at random, run it in both modes, and hold it against what was said beforehand.
 
     Returns:
         The cut copy, in float64.
@@ -131,6 +136,8 @@ def check_cut(graph: ChannelGraph, seed: int = 0, exact: bool = True) -> nn.Modu
     predicted, counted = graph.cost(plan), count(model, graph.example_inputs)
     assert (predicted.flops, predicted.params) == (counted.flops, counted.params)
     assert wrong_attributes(model) == []
+    with undisturbed(model):
+        run(model.train(), graph.example_inputs, 2)
     return model
 
 
@@ -168,3 +175,116 @@ def _wrong_attributes() -> Callable[[nn.Module], list[str]]:
 @pytest.fixture(scope="session", name="with_random_norms")
 def _with_random_norms() -> Callable[[nn.Module], nn.Module]:
     return with_random_norms
+
+
+class TinyNet(pl.LightningModule):
+    """A residual network for 1 x 8 x 8 images, with every kind of group: stem and stream, inner, and a hidden layer."""
+
+    def __init__(self, width: int = 6, optimizer: str = "sgd"):
+        super().__init__()
+        self.save_hyperparameters()
+        self.stem = nn.Conv2d(1, width, 3, padding=1, bias=False)
+        self.norm0 = nn.BatchNorm2d(width)
+        self.conv1 = nn.Conv2d(width, 2 * width, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(2 * width)
+        self.conv2 = nn.Conv2d(2 * width, width, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(width)
+        self.hidden = nn.Linear(width, 2 * width)
+        self.fc = nn.Linear(2 * width, 3)
+        self.optimizer = optimizer
+        self.example_input_array = torch.zeros(2, 1, 8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm0(self.stem(x)))
+        x = F.relu(x + self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x))))))
+        return self.fc(F.relu(self.hidden(x.mean((2, 3)))))
+
+    def training_step(self, batch, batch_idx):
+        loss = F.cross_entropy(self(batch[0]), batch[1])
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]))
+
+    def test_step(self, batch, batch_idx):
+        self.log("test_loss", F.cross_entropy(self(batch[0]), batch[1]))
+
+    def configure_optimizers(self):
+        if self.optimizer == "adam":
+            return torch.optim.AdamW(self.parameters(), lr=0.01)
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
+
+
+def make_loader(samples: int = 32, batch_size: int = 8, shuffle: bool = False, seed: int = 0) -> DataLoader:
+    """Random images in three classes; the order of a shuffled one depends on the global random state."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(samples, 1, 8, 8, generator=generator)
+    return DataLoader(TensorDataset(images, torch.arange(samples) % 3), batch_size, shuffle=shuffle)
+
+
+def make_trainer(folder: Any, callbacks: Any = (), max_epochs: int = 2, **settings: Any) -> pl.Trainer:
+    """A quiet trainer on the CPU, without a logger and without checkpoints unless asked."""
+    callbacks = [callbacks] if isinstance(callbacks, Callback) else list(callbacks)
+    settings.setdefault("enable_checkpointing", any(isinstance(c, Checkpoint) for c in callbacks))
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    return pl.Trainer(default_root_dir=folder, callbacks=callbacks, max_epochs=max_epochs, **{**quiet, **settings})
+
+
+def fit(
+    folder: Any,
+    callbacks: Any = (),
+    model: pl.LightningModule | None = None,
+    loader: Any = None,
+    val: Any = None,
+    ckpt_path: Any = None,
+    seed: int = 0,
+    **settings: Any,
+) -> pl.Trainer:
+    """Train a seeded ``TinyNet`` (4 batches an epoch, 2 epochs) or another module; the trainer holds it afterwards."""
+    pl.seed_everything(seed, verbose=False)
+    trainer = make_trainer(folder, callbacks, **settings)
+    model = TinyNet() if model is None else model
+    loader = make_loader() if loader is None else loader
+    val = make_loader(8, seed=1) if val is None else val
+    trainer.fit(model, loader, val, ckpt_path=ckpt_path, weights_only=None if ckpt_path is None else True)
+    return trainer
+
+
+@pytest.fixture(scope="session", name="tiny_net")
+def _tiny_net() -> type[TinyNet]:
+    return TinyNet
+
+
+@pytest.fixture(scope="session", name="make_loader")
+def _make_loader() -> Callable[..., DataLoader]:
+    return make_loader
+
+
+@pytest.fixture(name="make_trainer")
+def _make_trainer(tmp_path) -> Callable[..., pl.Trainer]:
+    return partial(make_trainer, tmp_path)
+
+
+@pytest.fixture(name="fit")
+def _fit(tmp_path) -> Callable[..., pl.Trainer]:
+    return partial(fit, tmp_path)
+
+
+class SaveEach(Checkpoint):
+    """Writes ``epoch=0.ckpt``, ... at the end of each epoch, and with ``steps=True`` ``step=1.ckpt``, ... as well."""
+
+    def __init__(self, folder: Any, steps: bool = False):
+        self.folder, self.steps = folder, steps
+
+    def on_train_batch_end(self, trainer, model, outputs, batch, batch_idx):
+        if self.steps:
+            trainer.save_checkpoint(self.folder / f"step={trainer.global_step}.ckpt")
+
+    def on_train_epoch_end(self, trainer, model):
+        trainer.save_checkpoint(self.folder / f"epoch={trainer.current_epoch}.ckpt")
+
+
+@pytest.fixture(name="save_each")
+def _save_each(tmp_path) -> Callable[..., SaveEach]:
+    return partial(SaveEach, tmp_path)

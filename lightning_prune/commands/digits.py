@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader, Sampler, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import override
 
+from lightning_prune.checkpoint import PrunableModule
+
 Batch = tuple[Tensor, Tensor]
 
 
@@ -145,7 +147,7 @@ class Block(nn.Module):
         return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
 
 
-class DigitsNet(LightningModule):
+class DigitsNet(PrunableModule, LightningModule):
     """A residual network of three stages for 8x8 images, 77,754 parameters at width 16.
 
     Trained by SGD with Nesterov momentum; the learning rate rises over the first tenth of the fit and falls to 0 along

@@ -98,6 +98,11 @@ class LayerView:
         return self._producer.gated or bool(self._producer.norms)
 
     @property
+    def gate_names(self) -> list[str]:
+        """Names of the scales of the norms that gate these channels."""
+        return [norm.gamma for norm in self._producer.norms]
+
+    @property
     def _follows(self) -> bool:
         return self._producer.gated and bool(self._producer.norms)
 

@@ -1,0 +1,193 @@
+"""A trained CIFAR ResNet-20 pruned to half its flops: accuracy before, right after the cut, and after fine-tuning.
+
+    python benchmarks/cifar.py --images cifar10_jpeg.npz --weights resnet20_jpeg.pt [--methods TaylorWeight L1Filter]
+        [--epochs 1] [--keep 0.5] --out FILE.csv
+
+The images are CIFAR-10 as JPEG files in one npz (``<split>_jpeg``, ``<split>_offsets``, ``<split>_labels``); the weights a
+``{"state_dict": ...}`` of He et al.'s net. `L1Filter` cuts at the start; `TaylorWeight` needs gradients and cuts after
+``--gather`` steps, in one event, with a learning rate of zero until then, so that the cut alone is seen. Rows are appended; runs
+already in the file are not repeated. Augmentation: 4-pixel pad and crop, flip. SGD, Nesterov 0.9, one-cycle from 0.01.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import time
+from pathlib import Path
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+import torch.nn.functional as F
+from graph import CifarResNet
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
+
+import lightning_prune as lp
+from lightning_prune.methods import find
+from lightning_prune.report import markdown_table
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+FIELDS = [
+    "method", "keep", "seed", "epochs", "dense", "after cut", "fine-tuned", "flops kept", "params kept", "fit s",
+    "threads",
+]  # fmt: skip
+
+
+def images(path: Path, cache: Path | None) -> dict[str, tuple[Tensor, Tensor]]:
+    """split -> (N, 3, 32, 32) uint8 and (N,) labels; decoded once where a cache file is given."""
+    if cache is not None and cache.exists():
+        stored = torch.load(cache, weights_only=True)
+        return {split: (stored[f"{split}_x"], stored[f"{split}_y"]) for split in ("train", "test")}
+    data = np.load(path)
+    out = {}
+    for split in ("train", "test"):
+        raw, at = data[f"{split}_jpeg"], data[f"{split}_offsets"]
+        pictures = [np.asarray(Image.open(io.BytesIO(raw[a:b].tobytes()))) for a, b in zip(at[:-1], at[1:], strict=True)]
+        x = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+        out[split] = (x, torch.from_numpy(data[f"{split}_labels"].astype(np.int64)))
+    if cache is not None:
+        torch.save({f"{s}_{k}": t for s, pair in out.items() for k, t in zip("xy", pair, strict=True)}, cache)
+    return out
+
+
+def normalised(x: Tensor) -> Tensor:
+    """uint8 -> float32, as the weights were trained."""
+    return (x.float() / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+
+
+class Net(pl.LightningModule):
+    """ResNet-20 with fine-tuning; the rate is zero for the first ``hold`` steps."""
+
+    def __init__(self, state: dict[str, Tensor], steps: int, hold: int, lr: float = 0.01) -> None:
+        super().__init__()
+        self.net = CifarResNet(20)
+        self.net.load_state_dict(state)
+        self.example_input_array = torch.zeros(1, 3, 32, 32)
+        self.steps, self.hold, self.lr = steps, hold, lr
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        x = F.pad(normalised(x), (4, 4, 4, 4))
+        i, j = torch.randint(0, 9, (2,)).tolist()
+        x = x[:, :, i : i + 32, j : j + 32]
+        flip = torch.rand(len(x)) < 0.5
+        x = torch.where(flip.view(-1, 1, 1, 1), x.flip(3), x)
+        return F.cross_entropy(self(x), y)
+
+    def configure_optimizers(self) -> object:
+        optimizer = torch.optim.SGD(self.parameters(), self.lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
+        left = max(1, self.steps - self.hold)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda s: 0.0 if s < self.hold else 1 - (s - self.hold) / left
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def accuracy(net: torch.nn.Module, x: Tensor, y: Tensor) -> float:
+    """Share of the test images that are told right."""
+    modes = [(m, m.training) for m in net.modules()]
+    metric = MulticlassAccuracy(10, average="micro")
+    net.eval()
+    with torch.no_grad():
+        for at in range(0, len(x), 500):
+            metric.update(net(normalised(x[at : at + 500])), y[at : at + 500])
+    for module, mode in modes:
+        module.training = mode
+    return float(metric.compute())
+
+
+class AfterCut(pl.Callback):
+    """Tests right after the event."""
+
+    def __init__(self, pruner: lp.Pruner, x: Tensor, y: Tensor) -> None:
+        self.pruner, self.x, self.y = pruner, x, y
+        self.found: float | None = None
+        self.seconds = 0.0
+
+    def _look(self, net: pl.LightningModule) -> None:
+        if self.found is None and self.pruner.events_done:
+            start = time.perf_counter()
+            self.found = accuracy(net, self.x, self.y)
+            self.seconds = time.perf_counter() - start
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._look(pl_module)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *rest: object) -> None:
+        self._look(pl_module)
+
+
+def run(name: str, options: argparse.Namespace, data: dict[str, tuple[Tensor, Tensor]]) -> dict[str, object]:
+    """One method: test, cut, test, fine-tune, test."""
+    pl.seed_everything(options.seed, verbose=False)
+    state = torch.load(options.weights, weights_only=True)["state_dict"]
+    cls = find(name)
+    hold = 0 if cls.needs == "nothing" else options.gather
+    pruner = cls(lp.Budget(options.keep), schedule=lp.OneShot(hold, unit="step"))
+    loader = DataLoader(TensorDataset(*data["train"]), batch_size=128, shuffle=True, drop_last=True)
+    net = Net(state, len(loader) * options.epochs, hold)
+    dense = accuracy(net, *data["test"])
+    probe = AfterCut(pruner, *data["test"])
+    trainer = pl.Trainer(
+        max_epochs=options.epochs, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=[pruner, probe],
+    )  # fmt: skip
+    start = time.perf_counter()
+    trainer.fit(net, loader)
+    seconds = time.perf_counter() - start - probe.seconds
+    assert probe.found is not None
+    return {
+        "method": name,
+        "keep": options.keep,
+        "seed": options.seed,
+        "epochs": options.epochs,
+        "dense": round(dense, 4),
+        "after cut": round(probe.found, 4),
+        "fine-tuned": round(accuracy(net, *data["test"]), 4),
+        "flops kept": round(pruner.report.flops_kept, 4),
+        "params kept": round(pruner.report.params_kept, 4),
+        "fit s": round(seconds),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def main() -> None:
+    """Run what is missing and print all rows."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--images", type=Path, required=True)
+    parser.add_argument("--weights", type=Path, required=True)
+    parser.add_argument("--cache", type=Path, help="where decoded images are kept")
+    parser.add_argument("--methods", nargs="*", default=["TaylorWeight", "L1Filter", "RandomChannels"])
+    parser.add_argument("--keep", type=float, default=0.5)
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--gather", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    data = images(options.images, options.cache)
+    rows = list(csv.DictReader(options.out.open())) if options.out.exists() else []
+    with options.out.open("a", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=FIELDS)
+        if not rows:
+            writer.writeheader()
+        for name in options.methods:
+            wanted = (name, str(options.keep), str(options.seed), str(options.epochs))
+            if any((r["method"], r["keep"], r["seed"], r["epochs"]) == wanted for r in rows):
+                continue
+            row = run(name, options, data)
+            rows.append({key: str(value) for key, value in row.items()})
+            writer.writerow(row)
+            file.flush()
+    print(markdown_table(rows))
+
+
+if __name__ == "__main__":
+    main()

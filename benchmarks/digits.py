@@ -1,0 +1,99 @@
+"""All methods on the digits, next to dense: test accuracy at the same budget, over seeds.
+
+    python benchmarks/digits.py [--seeds 0 1 2] [--epochs 15] [--channels 0.5] [--weights 0.1] --out FILE.csv
+
+Each run trains for the same epochs from the same seed; the method prunes on its default schedule while it trains. Rows
+are appended to the file, and runs it already holds are not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import time
+from pathlib import Path
+from statistics import mean, stdev
+
+import lightning.pytorch as pl
+
+from lightning_prune.commands.digits import DigitsData, DigitsNet
+from lightning_prune.methods import discover
+from lightning_prune.report import markdown_table
+
+FIELDS = ["method", "keep", "seed", "epochs", "accuracy", "flops_kept", "density", "params_kept", "seconds"]
+
+
+def run(method: str, keep: float, seed: int, epochs: int) -> dict[str, object]:
+    """One fit and its test accuracy."""
+    pl.seed_everything(seed, verbose=False)
+    pruner = None if method == "dense" else discover()[method](keep)
+    trainer = pl.Trainer(
+        max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[] if pruner is None else [pruner],
+    )  # fmt: skip
+    net, data = DigitsNet(), DigitsData(seed=seed)
+    start = time.perf_counter()
+    trainer.fit(net, data)
+    seconds = time.perf_counter() - start
+    logged = {key: round(float(value), 5) for key, value in trainer.callback_metrics.items()}
+    accuracy = float(trainer.test(net, data, verbose=False)[0]["test/acc"])
+    return {
+        "method": method,
+        "keep": keep,
+        "seed": seed,
+        "epochs": epochs,
+        "accuracy": round(accuracy, 5),
+        "flops_kept": logged.get("prune/flops_kept", 1.0),
+        "density": logged.get("prune/density", 1.0),
+        "params_kept": logged.get("prune/params_kept", 1.0),
+        "seconds": round(seconds, 1),
+    }
+
+
+def main() -> None:
+    """Run what is missing, print mean and spread."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--channels", type=float, default=0.5)
+    parser.add_argument("--weights", type=float, default=0.1)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    rows = list(csv.DictReader(options.out.open())) if options.out.exists() else []
+    keeps = {"dense": 1.0}
+    for name, cls in discover().items():
+        keeps[name] = options.weights if cls.kind == "weights" else options.channels
+    with options.out.open("a", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=FIELDS)
+        if not rows:
+            writer.writeheader()
+        for method, keep in keeps.items():
+            for seed in options.seeds:
+                wanted = (method, str(keep), str(seed), str(options.epochs))
+                if any((r["method"], r["keep"], r["seed"], r["epochs"]) == wanted for r in rows):
+                    continue
+                row = run(method, keep, seed, options.epochs)
+                rows.append({key: str(value) for key, value in row.items()})
+                writer.writerow(row)
+                file.flush()
+    table = []
+    for method, keep in keeps.items():
+        mine = [r for r in rows if r["method"] == method and float(r["keep"]) == keep]
+        scores = [100 * float(r["accuracy"]) for r in mine]
+        table.append(
+            {
+                "method": method,
+                "keep": keep,
+                "accuracy %": round(mean(scores), 2),
+                "spread": round(stdev(scores), 2) if len(scores) > 1 else 0.0,
+                "lowest": round(min(scores), 2),
+                "flops kept": round(mean(float(r["flops_kept"]) for r in mine), 4),
+                "density": round(mean(float(r["density"]) for r in mine), 4),
+                "runs": len(mine),
+            }
+        )
+    print(markdown_table(table))
+
+
+if __name__ == "__main__":
+    main()

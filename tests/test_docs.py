@@ -1,0 +1,87 @@
+"""Runs what the pages show, and holds them against the package."""
+
+import re
+import subprocess
+import warnings
+from collections.abc import Iterator
+from functools import partialmethod
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from lightning_prune.methods import discover
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+HEADINGS = ["What it does", "How to use", "Settings", "Differs from the paper", "Reference"]
+METHOD_PAGES = sorted((ROOT / "docs" / "methods").glob("*.md"))
+PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return [body for kind, body in FENCE.findall(page.read_text(encoding="utf-8")) if kind == language]
+
+
+def links(page: Path) -> Iterator[str]:
+    """Targets of links that stay in the repository."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if "://" not in target:
+            yield target.partition("#")[0]
+
+
+@pytest.fixture
+def short_trainer(monkeypatch, tmp_path):
+    """Two epochs of three batches, whatever a page says, on the CPU and into a folder of its own."""
+    real = pl.Trainer.__init__
+
+    def init(self, **settings):
+        quiet = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+        limits = {"max_epochs": 2, "limit_train_batches": 3, "logger": False}
+        real(self, **{**settings, **quiet, **limits})
+
+    monkeypatch.setattr(pl.Trainer, "__init__", init)
+    monkeypatch.chdir(tmp_path)
+    pl.seed_everything(0, verbose=False)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=name_of)
+def test_python_on_a_page_runs_from_top_to_bottom(page, short_trainer):
+    space = {"__name__": page.stem}
+    with warnings.catch_warnings():
+        # Six steps are too few for what a page does in thirty epochs.
+        warnings.filterwarnings("ignore", message=".*changed nothing")
+        for block in blocks(page, "python"):
+            exec(compile(block, name_of(page), "exec"), space)
+        tests = [value for name, value in space.items() if name.startswith("test_")]
+        for test in tests:
+            test()
+    pruners = [value for value in space.values() if isinstance(value, pl.Callback) and hasattr(value, "events_done")]
+    assert [p for p in pruners if p.dense_cost is not None and p.events_done == 0] == []
+
+
+@pytest.mark.parametrize("page", METHOD_PAGES, ids=name_of)
+def test_method_page_has_the_five_headings_in_order(page):
+    assert re.findall(r"^## (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE) == HEADINGS
+
+
+@pytest.mark.parametrize("page", METHOD_PAGES, ids=name_of)
+def test_method_page_shows_python_and_yaml_under_how_to_use(page):
+    section = page.read_text(encoding="utf-8").split("## How to use\n")[1].split("\n## ")[0]
+    assert {kind for kind, _ in FENCE.findall(section)} == {"python", "yaml"}
+
+
+def test_every_method_file_has_its_page_and_names_its_classes_there():
+    classes: dict[str, list[str]] = {}
+    for name, cls in discover().items():
+        classes.setdefault(cls.__module__.rpartition(".")[2], []).append(name)
+    assert sorted(classes) == [page.stem for page in METHOD_PAGES]
+    for page in METHOD_PAGES:
+        title = page.read_text(encoding="utf-8").splitlines()[0]
+        assert title == "# " + " and ".join(classes[page.stem])
