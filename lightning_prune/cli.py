@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import Any
 
 from jsonargparse import ArgumentError
@@ -11,11 +13,15 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
 from lightning_prune import checkpoint, schedule
-from lightning_prune.commands import LIGHTNING, PROGRAM, one_line
+from lightning_prune.commands import LIGHTNING, PROGRAM
 from lightning_prune.methods import discover
 
-REGISTERED = (*discover().values(), checkpoint.PrunedCheckpoint, schedule.Schedule)
-"""Classes that a config may call by their bare names; a class is known once it is imported."""
+REGISTERED: tuple[type, ...] = (
+    *discover().values(),
+    checkpoint.PrunedCheckpoint,
+    *(schedule.OneShot, schedule.Iterative, schedule.Gradual),
+)
+"""Our classes that a config may call by their bare names: a class is known to LightningCLI once it is imported."""
 
 
 class PruneCLI(LightningCLI):
@@ -32,6 +38,13 @@ class PruneCLI(LightningCLI):
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)
+
+    @override
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            raise ValueError(told(str(error))) from error
 
     @override
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
@@ -58,6 +71,43 @@ def run(arguments: Sequence[str]) -> int:
             args=list(arguments),
         )
     except ArgumentError as error:
-        print(f"{PROGRAM} {arguments[0]}: error: {one_line(str(error))}", file=sys.stderr)
+        print(f"{PROGRAM} {arguments[0]}: error: {told(str(error))}", file=sys.stderr)
         return 2
     return 0
+
+
+def told(message: str) -> str:
+    """What jsonargparse says in many lines, in one: where it went wrong and why, without what else it tried.
+
+    Example:
+        >>> told("Parser key 'a':\\n  Errors:\\n    - Expected a <class 'int'>\\n    - too small\\n  Given value: 0")
+        "Parser key 'a': too small; given 0"
+    """
+    lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
+    kept = [line for line in lines if line and not line.startswith(_NOISE)] or lines
+    text = " ".join(kept)
+    given = [line.removeprefix("Given value: ") for line in lines if line.startswith("Given value: ")]
+    scalars = [value for value in given if not value.startswith(("[", "{", "Namespace"))]
+    if scalars and scalars[0] not in text:
+        text = f"{text}; given {scalars[0]}"
+    unknown = re.search(r"Expected a dot import path string: (\w+)", text)
+    if unknown:
+        names = [cls.__name__ for cls in REGISTERED]
+        near = get_close_matches(unknown[1], names, n=3) or names
+        text = text.replace(unknown[0], f"no class {unknown[1]!r} is known by its bare name; near: {', '.join(near)}")
+    if "Key must be a string, got: True" in text:
+        text += " YAML reads a bare on as true; quote it: 'on'"
+    return text
+
+
+_NOISE = (
+    "Does not validate against any of the Union subtypes",
+    "Subtypes:",
+    "Errors:",
+    "Expected a <class ",
+    "Not a valid subclass of ",
+    "Subclass types expect one of:",
+    "a class path (str)",
+    "a dict with",
+    "Given value",
+)

@@ -16,6 +16,7 @@ whose optimizer step reaches it, before validation and before checkpoints are wr
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import time
 import warnings
@@ -127,6 +128,7 @@ class Pruner(Callback):
         self._events: tuple[Event, ...] = ()
         self._done = 0
         self._steps = 0
+        self._missed = 0  # steps that a dense run had done, in a fit that goes on from its checkpoint
         self._total_steps: int | None = None
         self._rows: list[dict[str, float]] = []
         self._seconds = 0.0
@@ -134,6 +136,7 @@ class Pruner(Callback):
         self._restored: dict[str, Any] | None = None
         self._graph: ChannelGraph | None = None
         self._handles: list[Any] = []
+        self._started = False
         self._stepped = False
 
     @property
@@ -202,6 +205,9 @@ class Pruner(Callback):
     def _after_step(self) -> None:
         """After every optimizer step."""
 
+    def _catch_up(self, model: pl.LightningModule) -> None:
+        """Look again, if another callback has cut the model."""
+
     def loss(self, model: pl.LightningModule, batch: Any) -> Tensor:
         """The training loss of a batch, without logging and without a trace on trainer, metrics, norms or RNG.
 
@@ -243,6 +249,8 @@ class Pruner(Callback):
         if stage == "fit":
             matching(pl_module, self.ignore)
             _refuse_sharding(trainer)
+            _refuse_cut_under_masks(trainer)
+            self._started = False
         self._handles.append(_checkpoint.conform_on_load(trainer, pl_module))
 
     @override
@@ -262,7 +270,9 @@ class Pruner(Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Trace the model, fix the events, and run one that is due at the start."""
-        self._start(trainer, pl_module)
+        for callback in _pruners(trainer):  # all of them before one cuts: keep is of the dense model
+            if not callback._started:
+                callback._start(trainer, pl_module)
         self._run_due(trainer, pl_module)
 
     @override
@@ -271,6 +281,7 @@ class Pruner(Callback):
     ) -> None:
         """Gradients are whole and unscaled here: measure, then mask."""
         self._stepped = True
+        self._catch_up(pl_module)
         self._gather(optimizer)
 
     @override
@@ -282,6 +293,7 @@ class Pruner(Callback):
             self._stepped = False
             self._steps += 1
             self._after_step()
+            self._catch_up(pl_module)
             self._run_due(trainer, pl_module)
         self._show(pl_module, first=batch_idx == 0)
 
@@ -289,11 +301,13 @@ class Pruner(Callback):
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make the metrics known to checkpoints that are written after validation."""
         if not trainer.sanity_checking and self._dense_cost is not None and self._graph is not None:
+            self._catch_up(pl_module)
             self._monitor(trainer, pl_module)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """One row an epoch."""
+        self._catch_up(pl_module)
         self._monitor(trainer, pl_module)
         self.log_row(trainer, ended=True)
 
@@ -315,6 +329,7 @@ class Pruner(Callback):
             "events": [[event.step, event.progress] for event in self._events],
             "done": self._done,
             "steps": self._steps,
+            "missed": self._missed,
             "total_steps": self._total_steps,
             "seconds": self._seconds,
             "seed": self._seed,
@@ -332,6 +347,7 @@ class Pruner(Callback):
         self._events = tuple(Event(int(step), float(progress)) for step, progress in state_dict["events"])
         self._done = int(state_dict["done"])
         self._steps = int(state_dict["steps"])
+        self._missed = int(state_dict["missed"])
         self._total_steps = state_dict["total_steps"]
         self._seconds = float(state_dict["seconds"])
         self._seed = state_dict["seed"]
@@ -339,10 +355,12 @@ class Pruner(Callback):
 
     def _start(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
         resumed = self._restored is not None
-        self._stepped = False
+        self._started, self._stepped = True, False
         if not resumed:
+            surgery.call_dense(model)
             self._plan, self._done, self._steps, self._rows, self._seconds = Plan(), 0, 0, [], 0.0
             self._seed, self._cost_now = _global_seed(), None
+            self._missed = trainer.fit_loop.epoch_loop._batches_that_stepped
         self._fix_events(trainer, resumed)
         self._graph = self._trace(trainer, model)
         self._frozen = self._graph.frozen
@@ -364,7 +382,7 @@ class Pruner(Callback):
 
     def _fix_events(self, trainer: pl.Trainer, resumed: bool) -> None:
         total = trainer.estimated_stepping_batches
-        steps = int(total) if total != float("inf") else None
+        steps = int(total) - self._missed if total != float("inf") else None
         if resumed and steps == self._total_steps:
             return
         batches = trainer.num_training_batches
@@ -413,7 +431,7 @@ class Pruner(Callback):
         )
 
     def log_row(self, trainer: pl.Trainer, ended: bool = False) -> dict[str, float]:
-        """Write one row to every logger, at Lightning's own step (at an epoch's end that of its last batch); returns it."""
+        """Write one row to every logger, at Lightning's step (at an epoch's end its last batch's); returns it."""
         row = self._row()
         row["prune/event"] = float(self._done)
         row["prune/seconds"] = self._seconds
@@ -465,6 +483,20 @@ def _removed(plan: Plan) -> dict[str, dict[int, int]]:
         name: {dim: plan.shapes[name][dim] - len(kept) for dim, kept in dims.items()}
         for name, dims in plan.kept.items()
     }
+
+
+def _pruners(trainer: pl.Trainer) -> list[Pruner]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, Pruner)]  # type: ignore[attr-defined]
+
+
+def _refuse_cut_under_masks(trainer: pl.Trainer) -> None:
+    cutting = [type(c).__name__ for c in _pruners(trainer) if isinstance(c, ChannelPruner) and c.apply == "cut"]
+    masking = [type(c).__name__ for c in _pruners(trainer) if not isinstance(c, ChannelPruner) or c.apply == "mask"]
+    if cutting and masking:
+        raise RuntimeError(
+            f"{cutting[0]} cuts weights that {masking[0]} holds masks on; prune channels first, and weights in a fit "
+            'of the smaller network, or let both mask (apply="mask")'
+        )
 
 
 def _refuse_sharding(trainer: pl.Trainer) -> None:
@@ -543,6 +575,7 @@ class ChannelPruner(Pruner):
         self._statistics: Statistics | None = None
         self._views: dict[str, list[LayerView]] = {}
         self._anchors: dict[str, int] = {}
+        self._seen = Plan()
         self._alive: dict[str, Tensor] = {}
         self._dense_sizes: dict[str, int] = {}
         self._masks: Masks | None = None
@@ -631,6 +664,7 @@ class ChannelPruner(Pruner):
             g.name: torch.ones(g.size, dtype=torch.bool) for g in self._groups
         }
         self._total_units = sum(self._dense_sizes.values())
+        self._seen = surgery.applied(model)
         self._look(model)
         if "statistics" in state and self._statistics is not None:
             self._statistics.load_state_dict(state["statistics"])
@@ -638,6 +672,22 @@ class ChannelPruner(Pruner):
             self._masks = Masks(_named(model, self._plan.masks), self._plan.masks)
             self._masks.zero()
         self._check_reachable()
+
+    @override
+    def _catch_up(self, model: pl.LightningModule) -> None:
+        seen = surgery.applied(model)
+        if seen is self._seen or self._graph is None or self._statistics is None:
+            return
+        self._seen = seen
+        before = {group.name: group.size for group in self._groups}
+        self._graph = surgery.trace(model, self._graph.example_inputs)
+        self._groups = [group for group in self._graph.groups if group.name in before]
+        same = {group.name for group in self._groups if group.size == before[group.name]}
+        self._statistics.drop(before.keys() - same)
+        self._statistics.join({group.name: group.size for group in self._groups})
+        self._alive = {group.name: torch.ones(group.size, dtype=torch.bool) for group in self._groups}
+        self._look(model)
+        self._cost_now = self._current_cost()
 
     def _look(self, model: nn.Module) -> None:
         """Views of the network as it is now."""
@@ -687,12 +737,13 @@ class ChannelPruner(Pruner):
         }
         if self.round_to > 1:
             fewest = {n: min(int(self._alive[n].sum()), max(k, self.round_to)) for n, k in fewest.items()}
-        least, dense = self._measured_cost(fewest), self._dense_measure()
+        least, dense = self._measured_cost(fewest), max(1, self._dense_measure())
         if not self.budget.fits(least, dense):
+            smallest = math.ceil(1e4 * least / dense) / 1e4  # not rounded down: it has to be met if asked for
             raise UnmeetableBudget(
                 f"{type(self).__name__}: a budget of {self.budget.keep:g} of the {self.budget.of} cannot be met: with "
-                f"the fewest channels allowed {least / dense:.4f} are left; raise keep, lower min_channels or "
-                "round_to, or ignore fewer layers"
+                f"the fewest channels allowed {smallest:.4f} are left; raise keep, lower min_channels or round_to, or "
+                "ignore fewer layers"
             )
 
     @override
@@ -732,8 +783,8 @@ class ChannelPruner(Pruner):
                 raise NonFiniteScore(
                     f"{type(self).__name__} has no finite batch to score by: {seen} batches were not finite"
                     if seen
-                    else f"{type(self).__name__} has no gradient to score {', '.join(missing[:3])} by: a training batch "
-                    "must run first, and these layers must be trained; move the event later or ignore= them"
+                    else f"{type(self).__name__} has no gradient to score {', '.join(missing[:3])} by: a training "
+                    "batch must run first, and these layers must be trained; move the event later or ignore= them"
                 )
             for name, mean in self._statistics.means().items():
                 for view in self._views[name]:
@@ -796,14 +847,15 @@ class ChannelPruner(Pruner):
         assert graph is not None
         assert statistics is not None
         step = graph.plan(keep)
-        plan = surgery.compose(self._plan, step)
+        since = surgery.applied(model)
+        plan = surgery.compose(since, step)
         try:
             surgery.cut(
                 model,
                 plan,
                 trainer.optimizers,
                 graph=graph,
-                since=self._plan,
+                since=since,
                 verify="always" if self.verify == "first" and not self._plan.kept else _rest(self.verify),
             )
         except UnsafeCut as error:
@@ -820,7 +872,7 @@ class ChannelPruner(Pruner):
             kept_scores = {name: score for name, score in scores.items() if name not in gone}
             again = self._choose(kept_scores, self.budget.at(progress))
             return self._cut(trainer, model, again, kept_scores, progress)
-        self._plan = plan
+        self._plan = self._seen = plan
         self._graph = graph.after(step)
         names = {g.name for g in self._groups}
         self._groups = [g for g in self._graph.groups if g.name in names]

@@ -83,7 +83,7 @@ class Statistics:
 
     def unmeasured(self) -> list[str]:
         """Groups without a finite batch in the window, of this process."""
-        counts = self._window.count.split(list(self._sizes.values()))
+        counts = torch.split(self._window.count, list(self._sizes.values()))
         return [name for name, count in zip(self._sizes, counts, strict=True) if not bool(count.any())]
 
     @property
@@ -94,7 +94,7 @@ class Statistics:
     def means(self) -> dict[str, Tensor]:
         """group -> (C,) mean over the window and over processes."""
         values = self._window.compute().float()
-        return dict(zip(self._sizes, values.split(list(self._sizes.values())), strict=True))
+        return dict(zip(self._sizes, torch.split(values, list(self._sizes.values())), strict=True))
 
     def cut(self, keep: Mapping[str, Tensor]) -> None:
         """Begin a new window; kept tensors lose what goes. ``keep`` is group -> (C,) bool."""
@@ -102,6 +102,13 @@ class Statistics:
             for key, value in self.kept[name].items():
                 self.kept[name][key] = value[mask.to(value.device)]
             self._sizes[name] = int(mask.sum())
+        self._window = self._new_window()
+
+    def join(self, sizes: Mapping[str, int]) -> None:
+        """Know these groups from now on, in this order, new ones from nothing; begin a new window."""
+        for name in sizes:
+            self.kept.setdefault(name, {})
+        self._sizes = dict(sizes)
         self._window = self._new_window()
 
     def drop(self, names: Iterable[str]) -> None:

@@ -526,14 +526,12 @@ def told_from_shape(layer: nn.Module) -> None:
     if hasattr(module, "out_channels") and hasattr(module, "groups") and weight.ndim > 2:
         transposed = bool(getattr(module, "transposed", False))
         groups = int(module.groups)
-        outs, ins = (weight.shape[1], weight.shape[0]) if transposed else (weight.shape[0], weight.shape[1])
-        if groups > 1 and not transposed:
-            per_group = int(module.out_channels) // groups
-            if groups >= max(per_group, ins):
-                groups = outs // per_group
-            ins *= groups
-        elif groups > 1:
-            outs *= groups
+        widths = (int(module.in_channels) // groups, int(module.out_channels) // groups)
+        if groups > 1 and groups >= max(widths):  # whole groups went, as the trace decides it
+            groups = weight.shape[0] // widths[0 if transposed else 1]
+        ins, outs = weight.shape[1] * groups, weight.shape[0]
+        if transposed:
+            ins, outs = weight.shape[0], weight.shape[1] * groups
         module.out_channels, module.in_channels, module.groups = outs, ins, groups
     elif hasattr(module, "out_features") and weight.ndim == 2:
         module.out_features, module.in_features = weight.shape
@@ -544,6 +542,11 @@ def told_from_shape(layer: nn.Module) -> None:
             setattr(module, key, weight.shape[0])
     if hasattr(module, "normalized_shape"):
         module.normalized_shape = tuple(weight.shape)
+
+
+def call_dense(model: nn.Module) -> None:
+    """Count cuts from here on: a model that was cut before is the dense one of what comes."""
+    _applied[model] = Plan()
 
 
 def applied(model: nn.Module) -> Plan:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -246,7 +247,8 @@ def fit(
     trainer = make_trainer(folder, callbacks, **settings)
     model = TinyNet() if model is None else model
     loader = make_loader() if loader is None else loader
-    val = make_loader(8, seed=1) if val is None else val
+    if val is None and is_overridden("validation_step", model):
+        val = make_loader(8, seed=1)
     trainer.fit(model, loader, val, ckpt_path=ckpt_path, weights_only=None if ckpt_path is None else True)
     return trainer
 

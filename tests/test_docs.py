@@ -2,15 +2,15 @@
 
 import re
 import subprocess
+import tempfile
 import warnings
 from collections.abc import Iterator
-from functools import partialmethod
 from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
-import torch
 
+from lightning_prune.commands import main
 from lightning_prune.methods import discover
 
 ROOT = Path(__file__).parents[1]
@@ -38,16 +38,14 @@ def links(page: Path) -> Iterator[str]:
 
 @pytest.fixture
 def short_trainer(monkeypatch, tmp_path):
-    """Two epochs of three batches, whatever a page says, on the CPU and into a folder of its own."""
+    """Two epochs of three batches, whatever a page says, on the CPU and each into a folder of its own."""
     real = pl.Trainer.__init__
 
     def init(self, **settings):
-        quiet = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-        limits = {"max_epochs": 2, "limit_train_batches": 3, "logger": False}
-        real(self, **{**settings, **quiet, **limits})
+        limits = {"max_epochs": 2, "limit_train_batches": 3, "accelerator": "cpu", "logger": False}
+        real(self, **{**settings, **limits, "default_root_dir": tempfile.mkdtemp(dir=tmp_path)})
 
     monkeypatch.setattr(pl.Trainer, "__init__", init)
-    monkeypatch.chdir(tmp_path)
     pl.seed_everything(0, verbose=False)
 
 
@@ -85,3 +83,40 @@ def test_every_method_file_has_its_page_and_names_its_classes_there():
     for page in METHOD_PAGES:
         title = page.read_text(encoding="utf-8").splitlines()[0]
         assert title == "# " + " and ".join(classes[page.stem])
+
+
+YAML = [pytest.param(text, id=f"{name_of(page)}:{n}") for page in PAGES for n, text in enumerate(blocks(page, "yaml"))]
+
+
+@pytest.mark.parametrize("text", [case for case in YAML if case.values[0].startswith("trainer:")])
+def test_yaml_on_a_page_is_a_config_that_fit_takes(text, tmp_path, capsys):
+    config = tmp_path / "config.yaml"
+    config.write_text(text, encoding="utf-8")
+    digits = "lightning_prune.commands.digits"
+    data = ["--model", f"{digits}.DigitsNet", "--data", f"{digits}.DigitsData"]
+    assert main(["fit", "--config", str(config), *data, "--print_config"]) == 0
+    (method,) = re.findall(r"class_path: (\w+)", text)[:1]
+    assert f"class_path: lightning_prune.{method}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_of_a_page_lead_to_files(page):
+    assert [target for target in links(page) if not (page.parent / target).is_file()] == []
+
+
+def test_readme_has_the_two_commands():
+    demo, test = blocks(README, "bash")
+    assert demo == "pip install .\nlightning-prune demo\n"
+    assert test == 'pip install ".[test]"\npytest\n'
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    (program,) = re.findall(r"\bawk '(.*?)' README\.md", script, re.DOTALL)
+    run = subprocess.run(["awk", program, str(README)], capture_output=True, text=True, check=True)
+    assert run.stdout == blocks(README, "bash")[1]
+
+
+def test_pages_name_no_place_of_one_machine():
+    for page in [*PAGES, ROOT / "CHANGELOG.md"]:
+        assert re.findall(r"(?<![\w.])/(?:home|root|tmp|work|opt|usr)/", page.read_text(encoding="utf-8")) == []

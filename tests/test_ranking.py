@@ -194,6 +194,13 @@ def test_uniform_keeps_the_same_fraction_of_every_group_whatever_the_scores():
     assert kept(rank_uniform(scores, at_most(6), dense={"a": 8, "b": 4})) == {"a": [4, 5, 6, 7], "b": [2, 3]}
 
 
+def test_uniform_gives_single_channels_back_where_one_more_of_each_would_not_fit():
+    # of 3 and 3 channels 3 fit: below 2/3 both keep one, at 2/3 both two. One place is left, and a comes first
+    scores = {"a": torch.arange(3.0), "b": torch.arange(3.0)}
+    masks = rank_uniform(scores, at_most(3), dense={"a": 3, "b": 3})
+    assert {name: int(mask.sum()) for name, mask in masks.items()} == {"a": 2, "b": 1}
+
+
 def test_a_fraction_is_of_the_dense_group_also_when_half_of_it_has_gone():
     # of 8 dense channels 4 are left: half of the dense model is all of them
     scores = {"a": torch.arange(4.0), "b": torch.arange(8.0)}

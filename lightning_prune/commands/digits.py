@@ -85,19 +85,24 @@ class DigitsData(LightningDataModule):
 
     @override
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        return DataLoader(self.train, self.batch_size, sampler=EpochShuffle(len(self.train), self.seed))
+        return DataLoader(self.train, batch_size=self.batch_size, sampler=EpochShuffle(len(self.train), self.seed))
 
     @override
     def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        return DataLoader(self.val, 360)
+        return DataLoader(self.val, batch_size=360)
 
     @override
     def test_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        return DataLoader(self.test, 360)
+        return DataLoader(self.test, batch_size=360)
+
+    @override
+    def predict_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        return self.test_dataloader()
 
     @override
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        if not self.shift or self.trainer is None or not self.trainer.training:
+        # Lightning's model summary hands over the example input, which is one tensor.
+        if not self.shift or self.trainer is None or not self.trainer.training or isinstance(batch, Tensor):
             return batch
         images, labels = batch
         # Seeded by the step, so that a resumed run moves its images as the uninterrupted one would.
@@ -204,6 +209,12 @@ class DigitsNet(PrunableModule, LightningModule):
         images, labels = batch
         self.test_acc(self(images), labels)
         self.log("test/acc", self.test_acc)
+
+    @override
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Digits, (B,) int64."""
+        logits: Tensor = self(batch[0])
+        return logits.argmax(dim=1)
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
