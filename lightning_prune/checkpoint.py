@@ -61,21 +61,33 @@ def take_shapes(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
 class _ShapesFirst:
     """A load-state-dict pre-hook: looks for the plan in the checkpoint the trainer is loading, else at shapes."""
 
-    def __init__(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
+    def __init__(self, trainer: pl.Trainer | None, model: pl.LightningModule | None) -> None:
         self._trainer = trainer
         self._model = model
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> _ShapesFirst:
+        return _ShapesFirst(None, None)  # in a copy of the module nobody would remove it, so that it does nothing
+
     def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-        if prefix:
+        if prefix or self._trainer is None or self._model is None:
             return
         loaded = getattr(self._trainer._checkpoint_connector, "_loaded_checkpoint", None) or {}
         whole = loaded if loaded.get("state_dict") is not None else {}
-        take_shapes(self._model, {**({KEY: whole[KEY]} if KEY in whole else {}), "state_dict": state_dict})
+        checkpoint = {**({KEY: whole[KEY]} if KEY in whole else {}), "state_dict": state_dict}
+        for each in (self._model, *copies(self._trainer, self._model)):
+            take_shapes(each, checkpoint)
 
 
 def conform_on_load(trainer: pl.Trainer, model: pl.LightningModule) -> Any:
     """Register the pre-hook; returns its handle."""
     return model.register_load_state_dict_pre_hook(_ShapesFirst(trainer, model))  # type: ignore[no-untyped-call]
+
+
+def copies(trainer: pl.Trainer, model: pl.LightningModule) -> list[nn.Module]:
+    """Copies of the module that other callbacks hold, to average weights in: they follow what is done to it."""
+    held = [value for callback in trainer.callbacks for value in vars(callback).values()]  # type: ignore[attr-defined]
+    modules = [getattr(value, "module", value) for value in held if isinstance(value, nn.Module)]
+    return [module for module in modules if type(module) is type(model) and module is not model]
 
 
 def wrap_again(trainer: pl.Trainer, model: pl.LightningModule) -> None:

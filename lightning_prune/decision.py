@@ -17,7 +17,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +25,7 @@ from lightning_prune.errors import IncompatibleCheckpoint
 FORMAT_VERSION = 1
 _SECTIONS = ("kept", "masks", "buffers", "shapes", "attributes", "groups", "ranks")
 _MERGE_ADVICE = "make the second plan from what the first one keeps"
+_BITS = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8)
 _LARGEST = 2**63 - 1  # what an int64 index can address
 
 _V = TypeVar("_V")
@@ -245,7 +245,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as numbers, strings, lists and dicts for JSON; masks are base64 of packed bits."""
-        return self._encoded(Tensor.tolist, lambda mask: base64.b64encode(_packed(mask).tobytes()).decode("ascii"))
+        return self._encoded(Tensor.tolist, lambda mask: base64.b64encode(bytes(_packed(mask).tolist())).decode("ascii"))
 
     @classmethod
     def from_dict(cls, data: object) -> "Plan":
@@ -262,7 +262,7 @@ class Plan:
 
         Indices are int64 tensors, masks are uint8 tensors of packed bits.
         """
-        return self._encoded(Tensor.clone, lambda mask: torch.from_numpy(_packed(mask)))
+        return self._encoded(Tensor.clone, _packed)
 
     @classmethod
     def from_state_dict(cls, state: object) -> "Plan":
@@ -483,8 +483,11 @@ def _from_parts(*parts: Any) -> Plan:
     return Plan(**dict(zip(_SECTIONS, parts, strict=True)))
 
 
-def _packed(mask: Tensor) -> "np.ndarray[Any, np.dtype[np.uint8]]":
-    return np.packbits(mask.flatten().numpy())
+def _packed(mask: Tensor) -> Tensor:
+    """uint8, eight entries a byte, the first in the highest bit."""
+    flat = mask.flatten().to(torch.uint8)
+    padded = torch.cat([flat, flat.new_zeros(-len(flat) % 8)]).reshape(-1, 8)
+    return (padded * _BITS).sum(dim=1, dtype=torch.uint8)
 
 
 def _decoded(
@@ -589,11 +592,11 @@ def _mask_of_text(where: str, value: object, shape: tuple[int, ...]) -> Tensor:
         packed = base64.b64decode(value, validate=True)
     except (binascii.Error, ValueError) as error:
         raise ValueError(f"{where} is not base64: {error}") from error
-    return _unpacked(where, np.frombuffer(packed, dtype=np.uint8), shape)
+    return _unpacked(where, _bytes(packed), shape)
 
 
 def _mask_of_tensor(where: str, value: object, shape: tuple[int, ...]) -> Tensor:
-    return _unpacked(where, _stored(where, value, torch.uint8).cpu().numpy(), shape)
+    return _unpacked(where, _stored(where, value, torch.uint8).cpu(), shape)
 
 
 def _stored(where: str, value: object, dtype: torch.dtype) -> Tensor:
@@ -606,10 +609,15 @@ def _stored(where: str, value: object, dtype: torch.dtype) -> Tensor:
     return value.detach()
 
 
-def _unpacked(where: str, packed: "np.ndarray[Any, np.dtype[np.uint8]]", shape: tuple[int, ...]) -> Tensor:
+def _bytes(packed: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(packed), dtype=torch.uint8) if packed else torch.zeros(0, dtype=torch.uint8)
+
+
+def _unpacked(where: str, packed: Tensor, shape: tuple[int, ...]) -> Tensor:
     count = math.prod(shape)
     if len(packed) != -(-count // 8):
         raise ValueError(f"{where} holds {len(packed)} bytes, but shape {shape} needs one bit per entry")
-    if count % 8 and packed[-1] & (0xFF >> count % 8):
+    if count % 8 and int(packed[-1]) & (0xFF >> count % 8):
         raise ValueError(f"{where} has bits set beyond the last entry of shape {shape}")
-    return torch.from_numpy(np.unpackbits(packed, count=count).astype(np.bool_)).reshape(shape)
+    bits = packed.unsqueeze(1).bitwise_and(_BITS).ne(0)
+    return bits.flatten()[:count].reshape(shape)

@@ -131,17 +131,6 @@ class Masks:
 
 
 @torch.no_grad()
-def zero_coordinates(tensor: Tensor, removed: Mapping[int, Tensor]) -> None:
-    """Put zeros into whole slices of a tensor, in place.
-
-    Args:
-        tensor: any tensor, also a parameter.
-        removed: dim -> (n,) int64 indices of the slices along it.
-    """
-    for dim, index in removed.items():
-        tensor.index_fill_(dim, index.to(tensor.device), 0)
-
-
 def _like(mask: Tensor, parameter: Tensor) -> Tensor:
     # the strides of the parameter too: only then can all of them be multiplied in one kernel
     return torch.empty_like(parameter, requires_grad=False).copy_(mask)

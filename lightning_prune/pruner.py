@@ -872,7 +872,9 @@ class ChannelPruner(Pruner):
             kept_scores = {name: score for name, score in scores.items() if name not in gone}
             again = self._choose(kept_scores, self.budget.at(progress))
             return self._cut(trainer, model, again, kept_scores, progress)
-        self._plan = self._seen = plan
+        for copy in _checkpoint.copies(trainer, model):
+            surgery.cut(copy, plan, since=since, verify="never")
+        self._plan, self._seen = plan, surgery.applied(model)
         self._graph = graph.after(step)
         names = {g.name for g in self._groups}
         self._groups = [g for g in self._graph.groups if g.name in names]
@@ -891,6 +893,7 @@ class ChannelPruner(Pruner):
         self._plan = Plan(masks=masks, shapes={n: tuple(m.shape) for n, m in masks.items()}, groups=plan.groups)
         self._masks = Masks(named, masks)
         self._masks.zero()
+        _zero_copies(trainer, model, masks)
         clear(trainer.optimizers, {named[name]: mask for name, mask in masks.items()})
         self._alive = keep
         self._statistics.cut({name: torch.ones(len(mask), dtype=torch.bool) for name, mask in keep.items()})
@@ -961,6 +964,12 @@ def _is_ignored(group: Group, ignored: set[str]) -> bool:
 def _named(model: nn.Module, names: Mapping[str, Any]) -> dict[str, nn.Parameter]:
     parameters = dict(model.named_parameters())
     return {name: parameters[name] for name in names}
+
+
+def _zero_copies(trainer: pl.Trainer, model: pl.LightningModule, masks: Mapping[str, Tensor]) -> None:
+    """Averages of the weights forget what went: else they would bring it back."""
+    for copy in _checkpoint.copies(trainer, model):
+        Masks(_named(copy, masks), masks).zero()
 
 
 def _outer(shape: Sequence[int], dims: Mapping[int, Tensor]) -> Tensor:
@@ -1098,6 +1107,7 @@ class WeightPruner(Pruner):
         masks = self.select(scores, allowance, price)
         changed = any(not torch.equal(mask.cpu(), current[name].cpu()) for name, mask in masks.items())
         self._masks.update(masks)
+        _zero_copies(trainer, model, masks)
         clear(trainer.optimizers, {self._weights[name]: mask for name, mask in masks.items()})
         shapes = {name: tuple(mask.shape) for name, mask in masks.items()}
         self._plan = Plan(masks={name: mask.cpu() for name, mask in masks.items()}, shapes=shapes)

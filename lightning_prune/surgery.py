@@ -25,12 +25,12 @@ from lightning_prune.errors import IncompatibleCheckpoint, UnsafeCut
 from lightning_prune.graph import groups as _groups
 from lightning_prune.graph.groups import ChannelGraph
 from lightning_prune.graph.trace import output_tensors, run, undisturbed
-from lightning_prune.masks import zero_coordinates
 from lightning_prune.optimizers import Cut, check, follow
 from lightning_prune.report import Report
 
 _graphs: WeakKeyDictionary[nn.Module, ChannelGraph] = WeakKeyDictionary()
 _applied: WeakKeyDictionary[nn.Module, Plan] = WeakKeyDictionary()
+_largest: WeakKeyDictionary[nn.Module, dict[str, tuple[int, ...]]] = WeakKeyDictionary()  # shapes before any cut
 
 
 def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
@@ -97,6 +97,7 @@ def cut(
         proved = False
     optimizers = list(optimizers)
     operation = _Operation(model, plan, since)
+    _shapes_before_any_cut(model)
     check(optimizers, operation.parameters())
     if proved:
         prove(operation, inputs, training=graph is None or graph.has_training_branch)
@@ -217,12 +218,17 @@ class _Operation:
             for key, value in self.plan.attributes[name].items():
                 setattr(module, key, value)
 
-    def zero(self) -> None:
-        """Instead of cutting: removed coordinates at zero, in parameters."""
+    def zero(self, nearly: float = 0.0) -> None:
+        """Instead of cutting: removed coordinates at zero, in parameters.
+
+        Args:
+            nearly: a value to put there instead, for layers that divide by a weight's length.
+        """
         with torch.no_grad():
             for name, tensor in self.parameters().items():
                 zeroed = self._value(name).clone()
-                zero_coordinates(zeroed, {d: _complement(k, zeroed.shape[d]) for d, k in self.kept[name].items()})
+                for dim, kept in self.kept[name].items():
+                    zeroed.index_fill_(dim, _complement(kept, zeroed.shape[dim]).to(zeroed.device), nearly)
                 _exchange(tensor, zeroed)
             for name, buffer in self._tensors.items():
                 if name in self._trial and not isinstance(buffer, nn.Parameter):
@@ -293,12 +299,9 @@ def prove(operation: _Operation, example_inputs: Any, training: bool = True, tol
     try:
         with undisturbed(model):
             with operation.trial_values():
-                operation.zero()
-                expected = _outputs(model, example_inputs)
-                operation.undo()
-                operation.apply()
-                got = _outputs(model, example_inputs)
-            operation.undo()
+                expected, got = _zeroed_and_cut(operation, example_inputs)
+            if not _finite(expected):  # a constant may have stood for something that has to be positive, say
+                expected, got = _zeroed_and_cut(operation, example_inputs)
             worst = _compare(expected, got, tolerance)
             operation.apply()
         if training:
@@ -317,6 +320,26 @@ def prove(operation: _Operation, example_inputs: Any, training: bool = True, tol
     return worst
 
 
+def _finite(tensors: Sequence[Tensor]) -> bool:
+    return all(bool(torch.isfinite(t).all()) for t in tensors)
+
+
+def _zeroed_and_cut(
+    operation: _Operation, example_inputs: Any, stand_in: bool = True
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs of the network with the removed coordinates at zero, and of the cut one; it is uncut on return."""
+    operation.zero()
+    expected = _outputs(operation.model, example_inputs, stand_in)
+    if not _finite(expected):  # weight normalisation divides by the length of a row that is zero
+        operation.zero(nearly=1e-12)
+        expected = _outputs(operation.model, example_inputs, stand_in)
+    operation.undo()
+    operation.apply()
+    got = _outputs(operation.model, example_inputs, stand_in)
+    operation.undo()
+    return expected, got
+
+
 def difference(model: nn.Module, plan: Plan, example_inputs: Any) -> float:
     """Largest relative difference between a cut network and the same one with the removed coordinates zeroed.
 
@@ -326,11 +349,7 @@ def difference(model: nn.Module, plan: Plan, example_inputs: Any) -> float:
     with undisturbed(model):
         try:
             with operation.trial_values():
-                operation.zero()
-                expected = _outputs(model, example_inputs, stand_in=False)
-                operation.undo()
-                operation.apply()
-                got = _outputs(model, example_inputs, stand_in=False)
+                expected, got = _zeroed_and_cut(operation, example_inputs, stand_in=False)
         finally:
             operation.undo()
     return _compare(expected, got, float("inf"))
@@ -356,7 +375,9 @@ def _compare(expected: Sequence[Tensor], got: Sequence[Tensor], tolerance: float
         largest = float(a.abs().max())
         distance = float((a - b).abs().max()) / (largest if largest > 0 else 1.0)
         allowed = _TOLERANCE.get(a.dtype, 1e-4) if tolerance is None else tolerance
-        if not distance <= allowed and bool(torch.isfinite(a).all()):
+        if not bool(torch.isfinite(a).all()) and tolerance is None:
+            raise UnsafeCut("the network computes NaN or infinity on its example input, so no cut of it can be proved")
+        if not distance <= allowed:
             raise UnsafeCut(
                 f"the cut model computes something else: relative difference {distance:.2g}, allowed {allowed:.2g}"
             )
@@ -472,13 +493,10 @@ def reshape_like(
         now = tuple(tensors[name].shape)
         if len(shape) != len(now) or 0 in shape:
             raise IncompatibleCheckpoint(f"{name!r} has shape {now} in the model and {shape} in the state")
-        if (
-            (plan is None or dense_again)
-            and any(s > n for s, n in zip(shape, now, strict=True))
-            and _applied.get(model) is None
-        ):
+        whole = tuple(shape) if plan is None or name not in plan.shapes else plan.shapes[name]
+        if any(s > n for s, n in zip(whole, _shapes_before_any_cut(model)[name], strict=True)):
             raise IncompatibleCheckpoint(
-                f"{name!r} has shape {now} in the model and the larger {shape} in the state, which pruning never makes"
+                f"{name!r} has shape {now} in the model and the larger {whole} in the state, which pruning never makes"
             )
         if (
             plan is not None
@@ -506,6 +524,13 @@ def reshape_like(
                     setattr(modules[name], key, value)
         _applied[model] = plan
     return list(changed)
+
+
+def _shapes_before_any_cut(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of a model's tensors as they were when it was seen first."""
+    if model not in _largest:
+        _largest[model] = {n: tuple(t.shape) for n, t in [*model.named_parameters(), *model.named_buffers()]}
+    return _largest[model]
 
 
 def _resized(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:

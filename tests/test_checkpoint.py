@@ -102,7 +102,7 @@ def test_test_with_the_best_checkpoint_after_the_fit(fit, make_loader, tmp_path)
 
 
 def test_less_cut_checkpoint_grows_the_model_again(saved, tiny_net, make_trainer, make_loader):
-    folder, model, callback = saved
+    folder, model, _ = saved
     once = torch.load(folder / "epoch=0.ckpt", weights_only=True)["state_dict"]
     assert len(once["conv1.weight"]) > model.conv1.out_channels
     trainer = make_trainer(L1Filter(0.4, schedule=IN_STEPS))
@@ -223,16 +223,40 @@ def test_entry_that_is_no_plan_is_refused(entry):
         plan_of({KEY: entry})
 
 
-def test_copy_that_an_averaging_callback_made_follows_the_cut(fit, tiny_net, save_each, tmp_path):
-    averaging = pytest.importorskip("lightning.pytorch.callbacks").__dict__.get("EMAWeightAveraging")
-    if averaging is None:
-        pytest.skip("this Lightning has no EMAWeightAveraging")
-    callback = L1Filter(0.5, schedule=AT_3)
-    trainer = fit([averaging(decay=0.5), callback, save_each()])
+AVERAGING = vars(pl.callbacks).get("EMAWeightAveraging")
+needs_averaging = pytest.mark.skipif(AVERAGING is None, reason="this Lightning has no EMAWeightAveraging")
+
+
+@needs_averaging
+@pytest.mark.parametrize("first", [True, False], ids=["pruner first", "average first"])
+def test_average_of_the_weights_follows_the_cut(fit, tiny_net, save_each, tmp_path, first):
+    averaging, callback = AVERAGING(decay=0.5), L1Filter(0.4, schedule=IN_STEPS)
+    order = [callback, averaging] if first else [averaging, callback]
+    trainer = fit([*order, save_each()], max_epochs=3)
     model = trainer.lightning_module
-    assert model.conv1.out_channels < 12
+    assert shapes(averaging._average_model.module) == shapes(model)
+    again = [L1Filter(0.4, schedule=IN_STEPS), AVERAGING(decay=0.5)]
+    resumed = fit(again if first else again[::-1], max_epochs=3, ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert differing(model.state_dict(), resumed.lightning_module.state_dict()) == []
+    loaded = load_pruned(tiny_net, tmp_path / "epoch=2.ckpt")  # holds the average, which the fit ends with
+    assert differing(model.state_dict(), loaded.state_dict()) == []
+
+
+@needs_averaging
+@pytest.mark.parametrize("method", [Magnitude, TaylorWeight])
+def test_average_of_the_weights_brings_nothing_back_under_a_mask(fit, method):
+    callback = method(0.4, schedule=AT_3, **({"apply": "mask"} if method is TaylorWeight else {}))
+    trainer = fit([AVERAGING(decay=0.9), callback])
+    for name, mask in callback.plan.masks.items():
+        assert trainer.lightning_module.state_dict()[name][~mask].count_nonzero() == 0
+
+
+def test_checkpoint_of_a_second_fit_loads_into_a_dense_model(fit, save_each, tiny_net, tmp_path):
+    model = fit(L1Filter(0.6, schedule=AT_3)).lightning_module
+    fit([L1Filter(0.6, schedule=AT_3), save_each()], model=model)
     loaded = load_pruned(tiny_net, tmp_path / "epoch=1.ckpt")
     assert differing(model.state_dict(), loaded.state_dict()) == []
+    assert torch.equal(loaded.eval()(X), model.eval()(X))
 
 
 class Metrics(Callback):
@@ -269,7 +293,7 @@ def test_pruned_checkpoint_without_a_bound_is_refused():
 
 
 def test_hook_is_gone_after_every_stage(saved, make_trainer, make_loader):
-    folder, model, _ = saved
+    _, model, _ = saved
     before = len(model._load_state_dict_pre_hooks)
     trainer = make_trainer(L1Filter(0.4))
     trainer.validate(model, make_loader(8), verbose=False)

@@ -16,11 +16,11 @@ METHODS, LIGHTNING = 4, 3
 # Floor -> first part of the module's name below the package; a folder is on one floor as a whole.
 FLOORS = {
     0: ("errors", "decision", "schedule", "budget", "ranking"),
-    1: ("graph", "cost", "report"),
+    1: ("graph", "cost", "report", "ignore"),
     2: ("statistics", "masks", "surgery", "optimizers", "latency"),
-    LIGHTNING: ("pruner", "checkpoint", "figures"),
+    LIGHTNING: ("pruner", "checkpoint", "figures", "batches", "channel_pruner", "weight_pruner"),
     METHODS: ("methods",),
-    5: ("commands", "cli", "__init__", "__main__"),
+    5: ("commands", "cli", "planning", "__init__", "__main__"),
 }
 
 

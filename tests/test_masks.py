@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_prune.masks import Masks, zero_coordinates
+from lightning_prune.masks import Masks
 
 
 def two_by_two(values=((1.0, 2.0), (3.0, 4.0))):
@@ -150,12 +150,6 @@ def test_masks_take_the_strides_of_channels_last_weights():
     masks.hold()
     assert torch.equal(weight, mask.float())
     assert weight.is_contiguous(memory_format=torch.channels_last)
-
-
-def test_zero_coordinates_zeroes_whole_slices_of_every_dim():
-    weight = nn.Parameter(torch.ones(3, 3))
-    zero_coordinates(weight, {0: torch.tensor([1]), 1: torch.tensor([0, 2])})
-    assert torch.equal(weight, torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 0.0], [0.0, 1.0, 0.0]]))
 
 
 @pytest.mark.gpu

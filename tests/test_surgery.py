@@ -233,7 +233,7 @@ def test_a_cut_model_that_does_not_run_is_taken_back():
     plan = trace(model, IMAGES).plan(FIRST)
     kept = {name: dims for name, dims in plan.kept.items() if name != "6.weight"}
     before = state_of(model)
-    with pytest.raises(UnsafeCut, match="the cut model does not run: RuntimeError: .*shapes cannot be multiplied"):
+    with pytest.raises(UnsafeCut, match=r"the cut model does not run: RuntimeError: .*shapes cannot be multiplied"):
         cut(model, Plan(kept=kept, buffers=plan.buffers, shapes=plan.shapes, attributes=plan.attributes))
     assert same(before, state_of(model))
 

@@ -30,6 +30,7 @@ def l1_filter_score(filters: Tensor) -> Tensor:
         (C,), at least 0, in the unit of the weights. Only comparable inside one layer.
 
     Example:
+        >>> import torch
         >>> l1_filter_score(torch.tensor([[1.0, -2.0], [0.5, 0.5], [3.0, 0.0]]))
         tensor([3., 1., 3.])
     """

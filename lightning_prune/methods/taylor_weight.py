@@ -30,6 +30,7 @@ def taylor_weight_score(weights: Tensor, grads: Tensor) -> Tensor:
         (C,), at least 0, in the unit of the loss squared: the sum over a row is signed, then squared.
 
     Example:
+        >>> import torch
         >>> taylor_weight_score(torch.tensor([[1.0, -2.0]]), torch.tensor([[2.0, 1.0]]))
         tensor([0.])
     """
