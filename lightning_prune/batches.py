@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
+from itertools import count
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import move_data_to_device, rank_zero_info
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 from torchmetrics import Metric
 
@@ -38,18 +40,35 @@ def second_iterator(
     """
     if isinstance(calibration, int):
         samples, calibration = calibration, None
-    loader: Any = trainer.train_dataloader if calibration is None else calibration
     with isolate_rng():
         torch.manual_seed(seed)
-        if calibration is None and isinstance(loader, DataLoader):
-            loader = _again(loader, seed)
-        given = 0
-        for batch in loader:
-            batch = _moved(trainer, model, batch)
-            yield batch
-            given += _size(batch)
-            if given >= samples:
+        if calibration is None:
+            combined = trainer.fit_loop._combined_loader
+            batches = _second(trainer.train_dataloader, "min_size" if combined is None else combined._mode, seed)
+        else:
+            batches = iter(calibration)
+    given = 0
+    for number in count():
+        with isolate_rng():  # around each batch: between two of them the random state is the caller's
+            torch.manual_seed(seed + number)
+            try:
+                batch = next(batches)
+            except StopIteration:
                 return
+            batch = trainer.strategy.batch_to_device(batch, device=model.device, dataloader_idx=0)
+        yield batch
+        given += _size(batch)
+        if given >= samples:
+            return
+
+
+def _second(loaders: Any, mode: Any, seed: int) -> Iterator[Any]:
+    """Batches of the training loader, or of several in a list or dict, without a trace on them."""
+    leaves, structure = tree_flatten(loaders)
+    again = [_again(x, seed) if isinstance(x, DataLoader) else copy(x) for x in leaves]
+    if len(again) == 1 and leaves[0] is loaders:
+        return iter(again[0])
+    return (batch for batch, _, _ in CombinedLoader(tree_unflatten(again, structure), mode))
 
 
 def _again(loader: DataLoader[Any], seed: int) -> DataLoader[Any]:
@@ -62,13 +81,6 @@ def _again(loader: DataLoader[Any], seed: int) -> DataLoader[Any]:
         size = getattr(loader.batch_sampler, "batch_size", None) or 1
     order = RandomSampler(loader.dataset, generator=torch.Generator().manual_seed(seed))  # type: ignore[arg-type]
     return DataLoader(loader.dataset, batch_size=size, sampler=order, **shared)
-
-
-def _moved(trainer: pl.Trainer, model: pl.LightningModule, batch: Any) -> Any:
-    try:
-        return trainer.strategy.batch_to_device(batch, device=model.device, dataloader_idx=0)
-    except (RuntimeError, TypeError, AttributeError):
-        return move_data_to_device(batch, model.device)
 
 
 def _size(batch: Any) -> int:

@@ -64,7 +64,7 @@ def check(optimizers: Iterable[Any], parameters: Mapping[str, nn.Parameter]) -> 
             if isinstance(optimizer, LBFGS) and id(parameter) in held:
                 raise ValueError(
                     f"LBFGS keeps its history as flat vectors over all parameters, so parameter {name!r} cannot be cut "
-                    'under it; prune with another optimizer, or mask instead of cutting (apply="mask")'
+                    "or masked under it; prune with another optimizer"
                 )
             for key, value in _state(optimizer, parameter).items():
                 _check_follows(optimizer, name, key, value, tuple(parameter.shape))

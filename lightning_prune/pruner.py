@@ -96,6 +96,7 @@ class Pruner(Callback):
     needs: ClassVar[str] = "nothing"
     default_of: ClassVar[Of] = "flops"
     default_schedule: ClassVar[Schedule] = OneShot(0.5)
+    first_step: ClassVar[int] = 0  # 1 for a method that needs a gradient before its first event
 
     def __init__(
         self,
@@ -388,6 +389,9 @@ class Pruner(Callback):
         batches = trainer.num_training_batches
         per_epoch = None if batches == float("inf") else -(-int(batches) // trainer.accumulate_grad_batches)
         events = self.schedule.resolve(steps, per_epoch)
+        if self.first_step and self.schedule.unit == "fit":  # in a very short fit a fraction of it rounds to the start
+            moved = {max(e.step, self.first_step): e for e in events}
+            events = tuple(Event(step, e.progress) for step, e in moved.items())
         if not events:
             raise NoEvent(f"{type(self).__name__}: {self.schedule} has no event in a fit of {steps} steps")
         if resumed:  # a longer fit moves only what is not done yet

@@ -93,7 +93,7 @@ class Statistics:
 
     def means(self) -> dict[str, Tensor]:
         """group -> (C,) mean over the window and over processes."""
-        values = self._window.compute().float()
+        values = self._window.compute().float().reshape(-1)  # torchmetrics makes a scalar of a single entry
         return dict(zip(self._sizes, torch.split(values, list(self._sizes.values())), strict=True))
 
     def cut(self, keep: Mapping[str, Tensor]) -> None:

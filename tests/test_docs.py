@@ -120,3 +120,15 @@ def test_ci_runs_the_test_command_of_the_readme():
 def test_pages_name_no_place_of_one_machine():
     for page in [*PAGES, ROOT / "CHANGELOG.md"]:
         assert re.findall(r"(?<![\w.])/(?:home|root|tmp|work|opt|usr)/", page.read_text(encoding="utf-8")) == []
+
+
+def test_readme_holds_the_table_that_the_methods_command_prints(capsys):
+    assert main(["methods"]) == 0
+    (table,) = re.findall(r"<!-- methods -->\n(.*?)<!-- /methods -->", README.read_text(encoding="utf-8"), re.DOTALL)
+    assert table == capsys.readouterr().out
+
+
+def test_configs_that_a_page_names_are_there():
+    for page in PAGES:
+        named = re.findall(r"--config (\S+\.yaml)", page.read_text(encoding="utf-8"))
+        assert [path for path in named if not (ROOT / path).is_file()] == []

@@ -32,7 +32,7 @@ from typing_extensions import override
 
 import lightning_prune
 from lightning_prune.budget import Budget
-from lightning_prune.checkpoint import load_pruned
+from lightning_prune.checkpoint import load_pruned, plan_of
 from lightning_prune.commands import one_line
 from lightning_prune.commands.digits import DigitsData, DigitsNet
 from lightning_prune.cost import count
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="fraction kept: of the flops (0.5), or for methods that remove weights, of the weights (0.1)",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and batches (%(default)s)")
-    parser.add_argument("--epochs", type=int, default=15, metavar="N", help="length of each fit (%(default)s)")
+    parser.add_argument("--epochs", type=int, default=24, metavar="N", help="length of each fit (%(default)s)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (lightning_prune_demo/METHOD)")
     parser.add_argument(
         "--check", type=Path, metavar="CKPT", help="only load this checkpoint and test it; prints one line of JSON"
@@ -85,8 +85,8 @@ def run(options: argparse.Namespace) -> int:
     pruner = method(Budget(KEEP.get(method.kind, 0.5) if options.keep is None else options.keep))
     out = options.out or Path("lightning_prune_demo") / method.__module__.rpartition(".")[2]
     with _one_thread(), _quiet():
-        report = demo(pruner, seed=options.seed, epochs=options.epochs, out=out)
-    return 0 if report["reloaded"] == report["pruned"]["accuracy"] else 1
+        demo(pruner, seed=options.seed, epochs=options.epochs, out=out)
+    return 0
 
 
 def demo(pruner: Pruner, seed: int, epochs: int, out: Path) -> dict[str, Any]:
@@ -100,6 +100,9 @@ def demo(pruner: Pruner, seed: int, epochs: int, out: Path) -> dict[str, Any]:
 
     Returns:
         What is written to ``report.json``.
+
+    Raises:
+        RuntimeError: if the checkpoint, loaded in a fresh process, is not what was trained.
     """
     started = time.perf_counter()
     name = type(pruner).__name__
@@ -114,7 +117,8 @@ def demo(pruner: Pruner, seed: int, epochs: int, out: Path) -> dict[str, Any]:
     picture = out / ("channels.png" if pruner.plan.groups else "density.png")
     _picture(pruner).savefig(picture)
     print("loading the checkpoint in a fresh process")
-    reloaded = _in_fresh_process(keeper.best_model_path)
+    checkpoint = out / "pruned.ckpt"
+    reloaded = _in_fresh_process(checkpoint)
     report: dict[str, Any] = {
         "method": name,
         "budget": {"keep": pruner.budget.keep, "of": pruner.budget.of},
@@ -139,7 +143,7 @@ def demo(pruner: Pruner, seed: int, epochs: int, out: Path) -> dict[str, Any]:
         "density": row["prune/density"],
         "flops_sparse": row["prune/flops_sparse"],
         "reloaded": reloaded["accuracy"],
-        "checkpoint": str(keeper.best_model_path),
+        "checkpoint": str(checkpoint),
         "tensorboard": log_dir,
         "picture": str(picture),
         "versions": versions(),
@@ -152,10 +156,9 @@ def demo(pruner: Pruner, seed: int, epochs: int, out: Path) -> dict[str, Any]:
     for what in ("checkpoint", "picture", "tensorboard"):
         print(f"{what:<12} {report[what]}")
     print(f"{'report':<12} {written}\n{'seconds':<12} {report['seconds']}")
-    same = {"accuracy": accuracy, "flops": cost.flops, "params": report["pruned"]["params"]}
-    same["flops"] = report["pruned"]["flops"]
-    if reloaded != same:
-        raise RuntimeError(f"the checkpoint, loaded in a fresh process, has {reloaded}, but the trained network {same}")
+    trained = {key: report["pruned"][key] for key in reloaded}
+    if reloaded != trained:
+        raise RuntimeError(f"{checkpoint}, loaded in a fresh process, has {reloaded}, but what was trained {trained}")
     print(f"{'reloaded':<12} test accuracy {accuracy:.2%} again")
     return report
 
@@ -179,13 +182,14 @@ def table(report: Mapping[str, Any]) -> str:
     rows = [("test accuracy", f"{dense['accuracy']:.2%}", f"{pruned['accuracy']:.2%}", f"{change:+.2f} points")]
     for key, label in (("flops", "flops, one sample"), ("params", "parameters"), ("bytes", "state dict, bytes")):
         rows.append((label, f"{dense[key]:,}", f"{pruned[key]:,}", f"{pruned[key] / dense[key]:.4f} kept"))
-    if report["budget"]["of"] == "units" or report["flops_sparse"] != pruned["flops"]:
-        theory = report["flops_sparse"]
-        rows.append(("flops if zeros cost nothing", f"{dense['flops']:,}", f"{theory:,.0f}", f"{theory / dense['flops']:.4f} kept"))
+    if report["flops_sparse"] != pruned["flops"]:  # weights are masked, and dense kernels save nothing by that
+        theory, share = report["flops_sparse"], report["flops_sparse"] / dense["flops"]
+        rows.append(("flops if zeros were free", f"{dense['flops']:,}", f"{theory:,.0f}", f"{share:.4f} kept"))
         rows.append(("density", "1.0000", f"{report['density']:.4f}", ""))
     for batch in map(str, BATCH_SIZES):
         before, after = dense["latency_ms"][batch], pruned["latency_ms"][batch]
-        rows.append((f"ms, batch of {batch}", _spread(before), _spread(after), f"{before['median'] / after['median']:.2f} x faster"))
+        times = f"{before['median'] / after['median']:.2f} x as fast"
+        rows.append((f"ms, batch of {batch}", _spread(before), _spread(after), times))
     columns = ["", "dense", "pruned", "change"]
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
     aligned = [[row[0], *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))] for row in rows]
@@ -253,9 +257,7 @@ class Progress(Callback):
             print(line, flush=True)
 
 
-def _fitted(
-    label: str, seed: int, epochs: int, out: Path, *callbacks: Callback
-) -> tuple[DigitsNet, float, str]:
+def _fitted(label: str, seed: int, epochs: int, out: Path, *callbacks: Callback) -> tuple[DigitsNet, float, str]:
     """A network trained from the seed, its test accuracy, and where it was logged."""
     pl.seed_everything(seed, verbose=False)
     net, data = DigitsNet(), DigitsData(seed=seed)
@@ -284,11 +286,11 @@ def _trainer(**settings: Any) -> pl.Trainer:
     )
 
 
-def _in_fresh_process(checkpoint: str) -> dict[str, float]:
+def _in_fresh_process(checkpoint: Path) -> dict[str, float]:
     """What ``--check`` says of a checkpoint, in a process that knows nothing but its path."""
     source = str(Path(lightning_prune.__file__).parents[1])
     path = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH", "")]))
-    command = [sys.executable, "-m", "lightning_prune", "demo", "--check", checkpoint]
+    command = [sys.executable, "-m", "lightning_prune", "demo", "--check", str(checkpoint)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, check=False)
     if done.returncode:
         raise RuntimeError(f"the checkpoint {checkpoint} did not load in a fresh process: {one_line(done.stderr)}")
@@ -297,8 +299,6 @@ def _in_fresh_process(checkpoint: str) -> dict[str, float]:
 
 
 def _masks(path: Path) -> Mapping[str, torch.Tensor]:
-    from lightning_prune.checkpoint import plan_of
-
     plan = plan_of(torch.load(path, weights_only=True, map_location="cpu"))
     return {} if plan is None else plan.masks
 
@@ -306,7 +306,8 @@ def _masks(path: Path) -> Mapping[str, torch.Tensor]:
 def _picture(pruner: Pruner) -> Figure:
     groups = pruner.plan.groups
     if groups:
-        return architecture_figure({n: of for n, (_, of) in groups.items()}, {n: kept for n, (kept, _) in groups.items()})
+        before, after = {n: of for n, (_, of) in groups.items()}, {n: kept for n, (kept, _) in groups.items()}
+        return architecture_figure(before, after)
     masks = pruner.plan.masks
     return density_figure({name: (int(mask.sum()), mask.numel()) for name, mask in masks.items()})
 

@@ -64,6 +64,7 @@ class TaylorWeight(ChannelPruner):
     needs = "gradients of training"
     default_schedule = Iterative(start=0.1, end=0.6, events=15)
     default_scope = "global"
+    first_step = 1
     join = "sum"
 
     def __init__(

@@ -1,0 +1,298 @@
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lightning_prune import Budget, Iterative, OneShot, TaylorWeight, trace
+from lightning_prune.graph.views import LayerView
+from lightning_prune.methods.taylor_weight import moving_average, taylor_weight_score
+from lightning_prune.statistics import Statistics
+
+CPU = torch.device("cpu")
+
+
+def views_of(model, x):
+    """Group name -> its views, on a model traced with x."""
+    parameters = dict(model.named_parameters())
+    graph = trace(model, x)
+    return {g.name: [LayerView(g, p, parameters) for p in g.producers] for g in graph.groups}
+
+
+def gate_gradients(model, x, loss):
+    """Group name -> (C,) what TaylorWeight squares, after one backward of ``loss(model(x))``."""
+    method = TaylorWeight(0.5)
+    views = views_of(model, x)
+    model.zero_grad()
+    loss(model(x)).backward()
+    with torch.no_grad():
+        return {name: method._joined([method.measure(view) for view in group]) for name, group in views.items()}
+
+
+def rows(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_score_is_the_square_of_the_signed_sum():
+    # w (1, -2), g (2, 1): 2 - 2 = 0; summing squares would give 4 + 4 = 8, absolute values 4
+    assert taylor_weight_score(torch.tensor([[1.0, -2.0]]), torch.tensor([[2.0, 1.0]])).tolist() == [0.0]
+    assert taylor_weight_score(torch.tensor([[1.0, -2.0]]), torch.tensor([[2.0, -1.0]])).tolist() == [16.0]
+
+
+def test_quadratic_example():
+    # E = (z a - t)^2 / 2 with a (2, 1, -1/2), t 1: residual 3/2, dE/dz = 3/2 a = (3, 3/2, -3/4)
+    a = torch.tensor([2.0, 1.0, -0.5], dtype=torch.float64)
+    z = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    error = 0.5 * (z @ a - 1).square()
+    error.backward()
+    score = taylor_weight_score(z.detach()[:, None], z.grad[:, None])
+    assert score.tolist() == [9.0, 2.25, 0.5625]
+    true = [(0.5 * ((z * (torch.arange(3) != m)) @ a - 1).square() - error).item() ** 2 for m in range(3)]
+    assert true == pytest.approx([1.0, 1.0, 0.765625])
+    assert score.argmin() == torch.tensor(true).argmin() == 2
+
+
+def test_mean_is_of_the_squares_over_batches():
+    # signed sums +1 and -1 of two batches: mean of squares 1, square of the mean 0
+    method = TaylorWeight(0.5)
+    statistics = Statistics({"a": 1}, CPU)
+    for signed in (1.0, -1.0):
+        statistics.add({"a": method.combine(torch.tensor([signed]))})
+    assert statistics.means()["a"].tolist() == [1.0]
+
+
+def test_members_of_a_group_are_summed_before_the_square():
+    method = TaylorWeight(0.5)
+    joined = method._joined([torch.tensor([2.0, 1.0]), torch.tensor([-2.0, 1.0])])
+    assert method.combine(joined).tolist() == [0.0, 4.0]
+
+
+def test_moving_average_starts_at_the_first_value_without_correction():
+    first = moving_average(None, torch.tensor([4.0]), 0.9)
+    second = moving_average(first, torch.tensor([0.0]), 0.9)
+    assert first.tolist() == [4.0]
+    assert second.item() == pytest.approx(3.6)
+    assert moving_average(first, torch.tensor([0.0]), 0.0).tolist() == [0.0]
+
+
+def test_average_runs_over_events_and_follows_the_cut(fit):
+    class Spy(TaylorWeight):
+        def scores(self, views):
+            out = super().scores(views)
+            for name, group in views.items():
+                self.seen.setdefault(name, []).append((group[0].measured.clone(), out[name].clone()))
+            return out
+
+        def after_prune(self, keep):
+            self.kept.append(keep)
+
+    callback = Spy(0.4, schedule=Iterative(start=2, end=6, events=3, unit="step"))
+    callback.seen, callback.kept = {}, []
+    fit(callback)
+    for name, seen in callback.seen.items():
+        average = None
+        for (measured, score), keep in zip(seen, callback.kept, strict=True):
+            average = measured if average is None else 0.9 * average + 0.1 * measured
+            assert torch.allclose(score, average)
+            average = average[keep[name]]
+
+
+def test_convolution_without_a_norm_equals_a_gate_on_its_output():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Tanh(), nn.Conv2d(4, 3, 3)).double()
+    x, gate = rows(2, 2, 7, 7), torch.ones(4, 1, 1, dtype=torch.float64, requires_grad=True)
+
+    def loss(out):
+        return out.square().mean()
+
+    got = gate_gradients(model, x, loss)["0"]
+    loss(model[2](model[1](gate * model[0](x)))).backward()
+    assert torch.allclose(got, gate.grad.flatten(), rtol=1e-10, atol=0)
+    assert got.abs().min() > 1e-6
+
+
+def test_norm_equals_a_gate_behind_it():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 3)).double()
+    nn.init.normal_(model[1].bias)
+    x, gate = rows(2, 2, 7, 7), torch.ones(4, 1, 1, dtype=torch.float64, requires_grad=True)
+
+    def loss(out):
+        return out.square().mean()
+
+    got = gate_gradients(model, x, loss)["0"]
+    model.zero_grad()
+    loss(model[3](model[2](gate * model[1](model[0](x))))).backward()
+    assert torch.allclose(got, gate.grad.flatten(), rtol=1e-10, atol=0)
+
+
+def test_linear_layer_equals_a_gate_on_its_output():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2)).double()
+    x, gate = rows(6, 3), torch.ones(5, dtype=torch.float64, requires_grad=True)
+    got = gate_gradients(model, x, lambda out: out.logsumexp(1).mean())["0"]
+    model.zero_grad()
+    model[2](F.relu(gate * model[0](x))).logsumexp(1).mean().backward()
+    assert torch.allclose(got, gate.grad, rtol=1e-10, atol=1e-15)
+
+
+def residual(model, x, gate):
+    """``TinyNet`` with a gate on its stream, wherever the stream is written to: stem and second convolution."""
+    x = F.relu(gate * model.norm0(model.stem(x)))
+    x = F.relu(x + gate * model.norm2(model.conv2(F.relu(model.norm1(model.conv1(x))))))
+    return model.fc(F.relu(model.hidden(x.mean((2, 3)))))
+
+
+def test_stream_of_a_residual_net_equals_one_gate_on_all_that_writes_to_it(tiny_net, with_random_norms):
+    torch.manual_seed(0)
+    model = with_random_norms(tiny_net()).double().train()
+    model.example_input_array = None
+    x, labels = rows(4, 1, 8, 8), torch.tensor([0, 1, 2, 0])
+    got = gate_gradients(model, x, lambda out: F.cross_entropy(out, labels))["stem"]
+    gate = torch.ones(6, 1, 1, dtype=torch.float64, requires_grad=True)
+    F.cross_entropy(residual(model, x, gate), labels).backward()
+    assert torch.allclose(got, gate.grad.flatten(), rtol=1e-9, atol=0)
+    assert not torch.allclose(got.square(), gate_square_of_parts(model, x, labels))
+
+
+def gate_square_of_parts(model, x, labels):
+    """What squaring each producer alone and then adding would give: not the paper's."""
+    method, views = TaylorWeight(0.5), views_of(model, x)["stem"]
+    model.zero_grad()
+    F.cross_entropy(model(x), labels).backward()
+    with torch.no_grad():
+        return sum(method.measure(view).square() for view in views)
+
+
+def test_stream_agrees_with_finite_differences(tiny_net, with_random_norms):
+    torch.manual_seed(0)
+    model = with_random_norms(tiny_net()).double().eval()
+    x, labels = rows(4, 1, 8, 8), torch.tensor([0, 1, 2, 0])
+    got = gate_gradients(model, x, lambda out: F.cross_entropy(out, labels))["stem"]
+    step = 1e-6
+    for channel in range(6):
+        errors = []
+        for sign in (1, -1):
+            gate = torch.ones(6, 1, 1, dtype=torch.float64)
+            gate[channel] += sign * step
+            with torch.no_grad():
+                errors.append(F.cross_entropy(residual(model, x, gate), labels))
+        assert got[channel].item() == pytest.approx(((errors[0] - errors[1]) / (2 * step)).item(), rel=1e-4, abs=1e-9)
+
+
+class PreActivation(nn.Module):
+    """Norms stand before the layers that read the stream, and two blocks write to it."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(1, 4, 3, padding=1, bias=False)
+        for i in (1, 2):
+            setattr(self, f"norm{i}", nn.BatchNorm2d(4))
+            setattr(self, f"conv{i}", nn.Conv2d(4, 4, 3, padding=1, bias=False))
+        self.last = nn.BatchNorm2d(4)
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x, gate=1.0):
+        x = self.stem(x)
+        x = x + self.conv1(F.relu(gate * self.norm1(x)))
+        x = x + self.conv2(F.relu(gate * self.norm2(x)))
+        return self.fc(F.relu(gate * self.last(x)).mean((2, 3)))
+
+
+def test_stream_of_a_pre_activation_net_equals_one_gate_behind_the_norms_that_read_it(with_random_norms):
+    torch.manual_seed(0)
+    model = with_random_norms(PreActivation()).double()
+    x, labels = rows(3, 1, 6, 6), torch.tensor([0, 1, 2])
+    got = gate_gradients(model, x, lambda out: F.cross_entropy(out, labels))
+    gate = torch.ones(4, 1, 1, dtype=torch.float64, requires_grad=True)
+    F.cross_entropy(model(x, gate), labels).backward()
+    assert list(got) == ["stem"]
+    assert torch.allclose(got["stem"], gate.grad.flatten(), rtol=1e-9, atol=0)
+
+
+def test_exact_where_the_loss_is_linear_in_the_gate():
+    # without activations E = c W2 diag(z) W1 x is linear in each gate: E(z_m = 0) - E = -dE/dz_m, exactly
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 5, bias=False), nn.Linear(5, 2)).double()
+    x = rows(4, 3)
+    got = gate_gradients(model, x, torch.Tensor.sum)["0"]
+    with torch.no_grad():
+        whole = model(x).sum()
+        for m in range(5):
+            without = nn.Sequential(nn.Linear(3, 5, bias=False), nn.Linear(5, 2)).double()
+            without.load_state_dict(model.state_dict())
+            without[0].weight[m] = 0
+            assert (without(x).sum() - whole).square().item() == pytest.approx(got[m].square().item())
+
+
+def test_weight_form_in_front_of_a_norm_is_noise():
+    # the loss does not change when a filter in front of a train-mode norm is rescaled: sum w g = 0 up to eps
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 3)).double()
+    nn.init.uniform_(model[1].weight, 0.5, 1.5)
+    x = rows(8, 2, 7, 7)
+    views = views_of(model, x)["0"]
+    model(x).square().mean().backward()
+    weight, gate = views[0].weight_gradient.abs(), views[0].gate_gradient.abs()
+    assert weight.max() < 1e-3 * gate.median()
+
+
+def test_weight_form_in_front_of_a_norm_warns(fit):
+    with pytest.warns(UserWarning, match=r"on='weight' scores 2 groups in front of a norm \(stem, conv1"):
+        fit(TaylorWeight(0.5, on="weight"))
+
+
+def test_weight_form_without_norms_is_the_gate_form(fit):
+    class Plain(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.ReLU(), nn.Linear(12, 12), nn.ReLU())
+            self.fc = nn.Linear(12, 3)
+
+        def forward(self, x):
+            return self.fc(self.net(x))
+
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.05)
+
+    plans = []
+    for on in ("gate", "weight"):
+        pl.seed_everything(0, verbose=False)
+        callback = TaylorWeight(0.5, on=on)
+        fit(callback, model=Plain())
+        plans.append(callback.plan)
+    assert plans[0] == plans[1]
+
+
+def test_ranks_all_layers_together_without_normalising(fit):
+    callback = TaylorWeight(Budget(0.7, of="units"), schedule=OneShot(5, unit="step"))
+    scores = {}
+
+    class Spy(TaylorWeight):
+        def scores(self, views):
+            scores.update(super().scores(views))
+            return scores
+
+    callback = Spy(Budget(0.7, of="units"), schedule=OneShot(5, unit="step"))
+    fit(callback)
+    flat = torch.cat(list(scores.values()))
+    keep = flat >= flat.sort().values[9]  # 9 of 30 go
+    expected = {n: int(k.sum()) for n, k in zip(scores, keep.split([len(s) for s in scores.values()]), strict=True)}
+    assert {name: kept for name, (kept, _) in callback.plan.groups.items()} == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"order": 3}, "order must be"),
+        ({"on": "filter"}, "on must be 'gate' or 'weight', got 'filter'"),
+        ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
+        ({"momentum": -0.1}, "momentum must be"),
+    ],
+)
+def test_bad_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        TaylorWeight(0.5, **settings)
