@@ -77,10 +77,10 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def told(message: str) -> str:
-    """What jsonargparse says in many lines, in one: where it went wrong and why, without what else it tried.
+    r"""What jsonargparse says in many lines, in one: where it went wrong and why, without what else it tried.
 
     Example:
-        >>> told("Parser key 'a':\\n  Errors:\\n    - Expected a <class 'int'>\\n    - too small\\n  Given value: 0")
+        >>> told("Parser key 'a':\n  Errors:\n    - Expected a <class 'int'>\n    - too small\n  Given value: 0")
         "Parser key 'a': too small; given 0"
     """
     lines = [line.strip().removeprefix("- ") for line in message.splitlines()]

@@ -245,7 +245,9 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as numbers, strings, lists and dicts for JSON; masks are base64 of packed bits."""
-        return self._encoded(Tensor.tolist, lambda mask: base64.b64encode(bytes(_packed(mask).tolist())).decode("ascii"))
+        return self._encoded(
+            Tensor.tolist, lambda mask: base64.b64encode(bytes(_packed(mask).tolist())).decode("ascii")
+        )
 
     @classmethod
     def from_dict(cls, data: object) -> "Plan":

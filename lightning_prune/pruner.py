@@ -166,6 +166,17 @@ class Pruner(Callback):
         return self._steps
 
     @property
+    def graph(self) -> ChannelGraph:
+        """The channel graph of the network as it is now; for methods, while a fit runs.
+
+        Raises:
+            RuntimeError: outside of a fit.
+        """
+        if self._graph is None:
+            raise RuntimeError(f"{type(self).__name__} has a channel graph only while a fit runs")
+        return self._graph
+
+    @property
     def report(self) -> Report:
         """Dense against now, with one row per event.
 
@@ -364,9 +375,9 @@ class Pruner(Callback):
             self._missed = trainer.fit_loop.epoch_loop._batches_that_stepped
         self._fix_events(trainer, resumed)
         self._graph = self._trace(trainer, model)
-        self._frozen = self._graph.frozen
+        self._frozen = self.graph.frozen
         if not resumed or self._dense_cost is None:
-            self._dense_cost = self._graph.cost()
+            self._dense_cost = self.graph.cost()
         self._prepare(model)
         check(trainer.optimizers, self._changing(model))
         self._restored = None
@@ -378,8 +389,7 @@ class Pruner(Callback):
         return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     def _current_cost(self) -> Cost:
-        assert self._graph is not None
-        return self._graph.cost()
+        return self.graph.cost()
 
     def _fix_events(self, trainer: pl.Trainer, resumed: bool) -> None:
         total = trainer.estimated_stepping_batches
@@ -651,8 +661,7 @@ class ChannelPruner(Pruner):
 
     @override
     def _prepare(self, model: nn.Module) -> None:
-        graph = self._graph
-        assert graph is not None
+        graph = self.graph
         ignored = matching(model, self.ignore)
         self._groups: list[Group] = [g for g in graph.groups if not _is_ignored(g, ignored)]
         if not self._groups:
@@ -684,8 +693,8 @@ class ChannelPruner(Pruner):
             return
         self._seen = seen
         before = {group.name: group.size for group in self._groups}
-        self._graph = surgery.trace(model, self._graph.example_inputs)
-        self._groups = [group for group in self._graph.groups if group.name in before]
+        self._graph = surgery.trace(model, self.graph.example_inputs)
+        self._groups = [group for group in self.graph.groups if group.name in before]
         same = {group.name for group in self._groups if group.size == before[group.name]}
         self._statistics.drop(before.keys() - same)
         self._statistics.join({group.name: group.size for group in self._groups})
@@ -712,18 +721,16 @@ class ChannelPruner(Pruner):
                 view.kept = self._statistics.kept[name]
 
     def _counts(self, counts: Mapping[str, int]) -> Any:
-        assert self._graph is not None
-        kept = self._graph.costs.dense.copy()
+        kept = self.graph.costs.dense.copy()
         for name, n in counts.items():
-            kept[self._graph._by_name[name]] = n
+            kept[self.graph._by_name[name]] = n
         return kept
 
     def _measured_cost(self, counts: Mapping[str, int]) -> int:
         """What the budget bounds, for channel counts."""
-        assert self._graph is not None
         if self.budget.of == "units":
             return sum(counts.get(name, int(mask.sum())) for name, mask in self._alive.items() if name in self._views)
-        flops, params = self._graph.costs.flops_and_params(self._counts(counts))
+        flops, params = self.graph.costs.flops_and_params(self._counts(counts))
         return flops if self.budget.of == "flops" else params
 
     def _dense_measure(self) -> int:
@@ -823,7 +830,6 @@ class ChannelPruner(Pruner):
         scores: Mapping[str, Tensor],
         progress: float,
     ) -> bool:
-        assert self._graph is not None
         assert self._statistics is not None
         changed = any(not torch.equal(mask, self._alive[name]) for name, mask in keep.items())
         if self.apply == "mask":
@@ -847,8 +853,7 @@ class ChannelPruner(Pruner):
         scores: Mapping[str, Tensor],
         progress: float,
     ) -> dict[str, Tensor] | None:
-        graph, statistics = self._graph, self._statistics
-        assert graph is not None
+        graph, statistics = self.graph, self._statistics
         assert statistics is not None
         step = graph.plan(keep)
         since = surgery.applied(model)
@@ -881,7 +886,7 @@ class ChannelPruner(Pruner):
         self._plan, self._seen = plan, surgery.applied(model)
         self._graph = graph.after(step)
         names = {g.name for g in self._groups}
-        self._groups = [g for g in self._graph.groups if g.name in names]
+        self._groups = [g for g in self.graph.groups if g.name in names]
         self._alive = {g.name: torch.ones(g.size, dtype=torch.bool) for g in self._groups}
         statistics.cut(keep)
         self._look(model)
@@ -889,9 +894,8 @@ class ChannelPruner(Pruner):
         return keep
 
     def _mask(self, trainer: pl.Trainer, model: pl.LightningModule, keep: dict[str, Tensor]) -> None:
-        assert self._graph is not None
         assert self._statistics is not None
-        plan = self._graph.plan(keep)
+        plan = self.graph.plan(keep)
         named = _named(model, plan.kept)
         masks = {name: _outer(named[name].shape, dims) for name, dims in plan.kept.items()}
         self._plan = Plan(masks=masks, shapes={n: tuple(m.shape) for n, m in masks.items()}, groups=plan.groups)
@@ -904,8 +908,7 @@ class ChannelPruner(Pruner):
 
     @override
     def _current_cost(self) -> Cost:
-        assert self._graph is not None
-        return self._graph.costs.cost(self._counts({name: int(mask.sum()) for name, mask in self._alive.items()}))
+        return self.graph.costs.cost(self._counts({name: int(mask.sum()) for name, mask in self._alive.items()}))
 
     @override
     def _row(self) -> dict[str, float]:
@@ -1049,16 +1052,15 @@ class WeightPruner(Pruner):
 
     @override
     def _prepare(self, model: nn.Module) -> None:
-        assert self._graph is not None
         ignored = matching(model, self.ignore)
         parameters = dict(model.named_parameters())
-        self._weights = {name: parameters[name] for name in self._graph.weights if name not in ignored}
+        self._weights = {name: parameters[name] for name in self.graph.weights if name not in ignored}
         if not self._weights:
             raise NothingToPrune(
                 f"no weight of {type(model).__name__} may go: no layer multiplies with one, or all are ignored"
             )
         self._exempt = {n: p.numel() for n, p in parameters.items() if p.ndim > 1 and n not in self._weights}
-        self._flops = self._graph.weight_flops()
+        self._flops = self.graph.weight_flops()
         masks = self._plan.masks or {n: torch.ones(w.shape, dtype=torch.bool) for n, w in self._weights.items()}
         self._masks = Masks(_named(model, masks), masks)
         self._masks.hold()

@@ -216,7 +216,7 @@ def test_loss_leaves_no_trace():
     before, value = states(), model.accuracy.compute()
     loss = quiet_loss(model, BATCH, None)
     assert loss.requires_grad
-    assert 0.1 < float(loss) < 5
+    assert 0.1 < loss.item() < 5
     assert states() == before
     assert model.logged == []
     assert "log" not in model.__dict__
@@ -246,7 +246,7 @@ def test_loss_gives_the_gradients_of_the_training_step():
 
 def test_own_loss_function_is_used():
     loss = quiet_loss(Busy(), BATCH, lambda model, batch: model.fc(batch[0]).sum() * 0 + 7)
-    assert float(loss) == 7
+    assert loss.item() == 7
 
 
 def test_manual_optimization_needs_a_loss_function():

@@ -869,3 +869,23 @@ def test_longer_fit_on_resume_moves_only_events_not_yet_done(fit, save_each, tmp
     assert [event.step for event in callback.events] == [2, 4, 12]
     assert callback.events_done == 3
     assert callback.report.flops_kept <= 0.4
+
+
+def test_masks_hold_against_an_optimizer_that_adds_noise(fit, tiny_net):
+    class Noisy(torch.optim.SGD):
+        def step(self, closure=None):
+            loss = super().step(closure)
+            with torch.no_grad():
+                for group in self.param_groups:
+                    for parameter in group["params"]:
+                        parameter += 0.01
+            return loss
+
+    class Net(tiny_net):
+        def configure_optimizers(self):
+            return Noisy(self.parameters(), lr=0.05)
+
+    callback = Magnitude(0.2, schedule=AT_3)
+    trainer = fit(callback, model=Net())
+    for name, mask in callback.plan.masks.items():
+        assert trainer.lightning_module.state_dict()[name][~mask].count_nonzero() == 0

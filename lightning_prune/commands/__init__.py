@@ -1,13 +1,14 @@
 """The commands of ``lightning-prune``: parse, call, print.
 
-A command is a module with ``add_arguments(parser)`` and ``run(options) -> exit status``. It is imported when it is asked
-for, so that one command does not wait for what another one needs.
+A command is a module with ``add_arguments(parser)`` and ``run(options) -> exit status``. It is imported when it is
+asked for, so that one command does not wait for what another one needs.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -53,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in given
     given = [argument for argument in given if argument != "--debug"]
     command = given[0] if given else ""
+    if os.getcwd() not in sys.path:  # one's own modules are found where the command runs, after all installed ones
+        sys.path.append(os.getcwd())
     try:
         if command in LIGHTNING:
             status = import_module("lightning_prune.cli").run(given)
@@ -72,6 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{PROGRAM} {command}: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever reads our output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except Exception as error:
         if debug:
             traceback.print_exc()

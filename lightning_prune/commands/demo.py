@@ -19,6 +19,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +168,7 @@ def checked(path: Path) -> dict[str, float]:
     """Load a checkpoint of the demo and test it.
 
     Returns:
-        ``accuracy`` on the test images, ``flops`` as fvcore counts them, and ``params``: those that are not masked away.
+        ``accuracy`` on the test images, ``flops`` as fvcore counts them, and ``params``: those not masked.
     """
     net = load_pruned(DigitsNet, path)
     cost = count(net, net.example_input_array)
@@ -180,15 +181,19 @@ def table(report: Mapping[str, Any]) -> str:
     dense, pruned = report["dense"], report["pruned"]
     change = 100 * (pruned["accuracy"] - dense["accuracy"])
     rows = [("test accuracy", f"{dense['accuracy']:.2%}", f"{pruned['accuracy']:.2%}", f"{change:+.2f} points")]
-    for key, label in (("flops", "flops, one sample"), ("params", "parameters"), ("bytes", "state dict, bytes")):
+    masked = report["flops_sparse"] != pruned["flops"]  # the kernels stay dense, so zeros save nothing by themselves
+    labels = {"flops": "flops, one sample", "params": "parameters", "bytes": "state dict, bytes"}
+    if masked:
+        labels["params"] += " not masked"
+    for key, label in labels.items():
         rows.append((label, f"{dense[key]:,}", f"{pruned[key]:,}", f"{pruned[key] / dense[key]:.4f} kept"))
-    if report["flops_sparse"] != pruned["flops"]:  # weights are masked, and dense kernels save nothing by that
+    if masked:
         theory, share = report["flops_sparse"], report["flops_sparse"] / dense["flops"]
         rows.append(("flops if zeros were free", f"{dense['flops']:,}", f"{theory:,.0f}", f"{share:.4f} kept"))
         rows.append(("density", "1.0000", f"{report['density']:.4f}", ""))
     for batch in map(str, BATCH_SIZES):
         before, after = dense["latency_ms"][batch], pruned["latency_ms"][batch]
-        times = f"{before['median'] / after['median']:.2f} x as fast"
+        times = f"{before['median'] / after['median']:.2f}x as fast"
         rows.append((f"ms, batch of {batch}", _spread(before), _spread(after), times))
     columns = ["", "dense", "pruned", "change"]
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
@@ -226,8 +231,8 @@ def versions() -> dict[str, str]:
     """Of what the figures depend on."""
     return {
         "lightning_prune": lightning_prune.__version__,
-        "torch": str(torch.__version__),
-        "lightning": str(pl.__version__),
+        "torch": version("torch"),
+        "lightning": version("lightning"),
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
     }

@@ -60,9 +60,7 @@ def run(options: argparse.Namespace) -> int:
         UnmeetableBudget: if the budget is out of reach, after saying what there is.
     """
     budget = Budget(options.keep, of=options.of)
-    name, model = (
-        made(options.model, options.arguments) if options.config is None else from_config(options.config)
-    )
+    name, model = made(options.model, options.arguments) if options.config is None else from_config(options.config)
     inputs = example_inputs(model, options.input)
     graph = trace(model, inputs)
     text, value = explained(graph, name)
@@ -98,9 +96,9 @@ def made(path: str, arguments: str = "{}") -> tuple[str, nn.Module]:
     try:
         keywords = json.loads(arguments)
     except json.JSONDecodeError as error:
-        raise ValueError(f"--arguments must be JSON such as {{\"width\": 8}}, got {arguments!r}: {error}") from error
+        raise ValueError(f'--arguments must be JSON such as {{"width": 8}}, got {arguments!r}: {error}') from error
     if not isinstance(keywords, dict):
-        raise ValueError(f"--arguments must be a JSON object such as {{\"width\": 8}}, got {arguments!r}")
+        raise ValueError(f'--arguments must be a JSON object such as {{"width": 8}}, got {arguments!r}')
     factory = _imported(path)
     try:
         model = factory(**keywords)
@@ -121,13 +119,12 @@ def from_config(path: Path) -> tuple[str, nn.Module]:
         ValueError: if the config has no model section, or one that cannot be read.
         FileNotFoundError: if there is no such file.
     """
-    import yaml
     from jsonargparse import ArgumentError, ArgumentParser
     from lightning.pytorch import LightningModule
 
     from lightning_prune.cli import told
 
-    config = yaml.safe_load(path.read_text("utf-8"))
+    config = importlib.import_module("yaml").safe_load(path.read_text("utf-8"))
     section = config.get("model") if isinstance(config, dict) else None
     if section is None:
         raise ValueError(f"{path} has no 'model' section, which explain looks at")

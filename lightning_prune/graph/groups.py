@@ -60,6 +60,7 @@ class Producer:
         indices: (C,) index of each channel on that axis.
         norms: norms whose scale gates these channels: the one that follows directly, else those of all readers.
         gated: whether such a norm follows directly.
+        scale_free: whether a norm without a scale follows, so that the loss does not depend on the filter's length.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Producer:
     indices: Tensor
     norms: tuple[Norm, ...] = ()
     gated: bool = False
+    scale_free: bool = False
 
 
 @dataclass(frozen=True)
@@ -494,6 +496,7 @@ def _groups(
     consumers: list[list[Consumer]] = [[] for _ in range(count)]
     norms, direct = _norms(index, records, unit_group, unit_place, components)
     seen: set[tuple[int, str]] = set()
+    without_scale = {r.source for r in records.layers if r.kind == "norm" and r.weight is None}
     for number, layer in enumerate(records.layers):
         if layer.kind == "norm":
             continue
@@ -504,7 +507,14 @@ def _groups(
             seen.add((g, producer.weight))
             own = tuple(direct.get((number, g), ()))
             producer = Producer(
-                producer.name, producer.weight, producer.bias, producer.dim, producer.indices, own, bool(own)
+                producer.name,
+                producer.weight,
+                producer.bias,
+                producer.dim,
+                producer.indices,
+                own,
+                bool(own),
+                number in without_scale and not own,
             )
             (followers if layer.depthwise else producers)[g].append(producer)
     read: set[tuple[int, str]] = set()
@@ -564,7 +574,7 @@ def _with_reader_norms(producers: list[Producer], readers: list[Norm]) -> list[P
     out = list(producers)
     for i in bare:
         p = out[i]
-        out[i] = Producer(p.name, p.weight, p.bias, p.dim, p.indices, left if i == bare[0] else (), i != bare[0])
+        out[i] = replace(p, norms=left if i == bare[0] else (), gated=i != bare[0])
     return out
 
 

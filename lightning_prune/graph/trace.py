@@ -268,6 +268,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         line = ""
         while frame is not None:
             name = frame.f_code.co_filename
+            if frame.f_code is run.__code__:  # outside of the model; all that ran in it is torch's own
+                break
             if not name.startswith((_TORCH, _HERE, "<")):
                 line = f", {Path(name).name}:{frame.f_lineno}"
                 break

@@ -103,6 +103,11 @@ class LayerView:
         return [norm.gamma for norm in self._producer.norms]
 
     @property
+    def scale_free(self) -> bool:
+        """Whether a norm without a scale follows: the loss does not depend on the length of these filters."""
+        return self._producer.scale_free
+
+    @property
     def _follows(self) -> bool:
         return self._producer.gated and bool(self._producer.norms)
 

@@ -7,13 +7,15 @@ nets are pruned too, scored by the layer the paper lets decide (``group_reductio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_prune.budget import Budget
+from lightning_prune.graph.groups import Group
 from lightning_prune.graph.views import LayerView
 from lightning_prune.pruner import ChannelPruner, Join, Paper
 from lightning_prune.ranking import top_mask
@@ -96,9 +98,9 @@ class L1Filter(ChannelPruner):
 
     @override
     def scores(self, views: Mapping[str, list[LayerView]]) -> dict[str, Tensor]:
-        return {
-            name: self._joined([self.score(view) for view in _projection_first(group)]) for name, group in views.items()
-        }
+        shared = _readers(self.graph.groups)
+        ordered = {name: _projection_first(group, shared) for name, group in views.items()}
+        return {name: self._joined([self.score(view) for view in group]) for name, group in ordered.items()}
 
     @override
     def select(self, scores: Mapping[str, Tensor], fits: Callable[[Mapping[str, int]], bool]) -> dict[str, Tensor]:
@@ -111,9 +113,10 @@ class L1Filter(ChannelPruner):
     def _greedily(self, counts: Mapping[str, int]) -> dict[str, Tensor]:
         gone: dict[str, list[tuple[int, Tensor]]] = {}
         keep = {}
+        shared = _readers(self.graph.groups)
         for name, views in self._views.items():
             parts = []
-            for view in _projection_first(views):
+            for view in _projection_first(views, shared):
                 weight = view.weight.detach().clone()
                 for dim, indices in gone.get(view.weight_name, []):
                     weight.index_fill_(dim, indices.to(weight.device), 0)
@@ -128,11 +131,24 @@ class L1Filter(ChannelPruner):
         return keep
 
 
-def _projection_first(views: Sequence[LayerView]) -> list[LayerView]:
-    """In a residual stream the 1x1 projection of the shortcut decides (section 3.3)."""
-    if len(views) == 1:
-        return list(views)
-    projections = [v for v in views if v.weight.ndim > 2 and all(n == 1 for n in v.weight.shape[2:])]
-    others = [v for v in views if not any(v is p for p in projections)]
-    wide = [v for v in others if v.weight.ndim > 2]
-    return [*projections, *others] if projections and wide else list(views)
+def _projection_first(views: Sequence[LayerView], shared: Mapping[str, int]) -> list[LayerView]:
+    """In a residual stream the projection of the shortcut decides (section 3.3).
+
+    It is told by what it reads: channels that another layer reads too, where the last layer of a block reads what only
+    the block itself makes; of several such the one with the smallest kernel.
+
+    Args:
+        views: the producers of one group.
+        shared: weight -> number of layers that read the channels it reads.
+    """
+
+    def rank(view: LayerView) -> tuple[bool, int]:
+        alone = shared.get(view.weight_name, 1) < 2
+        return alone, 0 if alone else math.prod(view.weight.shape[2:])
+
+    return sorted(views, key=rank)
+
+
+def _readers(groups: Iterable[Group]) -> dict[str, int]:
+    """Weight -> how many layers read the channels that it reads."""
+    return {consumer.weight: len(group.consumers) for group in groups for consumer in group.consumers}

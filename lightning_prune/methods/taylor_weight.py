@@ -104,6 +104,13 @@ class TaylorWeight(ChannelPruner):
     @override
     def _prepare(self, model: Any) -> None:
         super()._prepare(model)
+        blind = [name for name, views in self._views.items() if all(view.scale_free for view in views)]
+        if blind:
+            warnings.warn(
+                f"{', '.join(blind[:3])} stand in front of a norm without a scale, where the loss does not depend on a "
+                "filter's length and the score is noise; list them in ignore=, or give the norm affine=True",
+                stacklevel=2,
+            )
         if self.on == "weight":
             behind = [name for name, views in self._views.items() if any(view.has_norm for view in views)]
             if behind:
