@@ -173,7 +173,7 @@ def rank_uniform(
     kept = counts(low)
     by_loss = sorted(sizes, key=lambda n: kept[n] - wanted(n, low))
     for name in by_loss:
-        if name not in own:
+        if name not in own and kept[name] < wanted(name, low) - 1e-6:
             _give_back(kept, name, sizes[name], round_to, fits)
     return {n: top_mask(score.detach().double().cpu(), kept[n]) for n, score in scores.items()}
 

@@ -132,7 +132,8 @@ def from_config(path: Path) -> tuple[str, nn.Module]:
     parser.add_subclass_arguments(LightningModule, "model", fail_untyped=False)
     try:
         parsed = parser.parse_object({"model": section})
-        model = parser.instantiate_classes(parsed).model
+        # renamed on the way, and the old name warns
+        model = (getattr(parser, "instantiate", None) or parser.instantiate_classes)(parsed).model
     except (ArgumentError, ValueError) as error:
         raise ValueError(f"{path}: {told(str(error))}") from error
     assert isinstance(model, nn.Module)
