@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -130,12 +131,34 @@ def load_pruned(cls: type[_M], path: str | Path, *, map_location: Any = None, **
         IncompatibleCheckpoint: if the checkpoint is of another architecture.
         FileNotFoundError: if there is none.
     """
-    if issubclass(cls, PrunableModule):
+    with _taking_shapes(cls):
         return cls.load_from_checkpoint(path, map_location=map_location, weights_only=True, **arguments)
-    prunable: Any = type(cls.__name__, (PrunableModule, cls), {"__module__": cls.__module__})
-    module = prunable.load_from_checkpoint(path, map_location=map_location, weights_only=True, **arguments)
-    module.__class__ = cls
-    return module  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _taking_shapes(cls: type[pl.LightningModule]) -> Iterator[None]:
+    """For the time of a load the class takes shapes before weights, as a `PrunableModule` always does.
+
+    A subclass made for the purpose would not do: a checkpoint of LightningCLI names the class it has to be.
+    """
+    if issubclass(cls, PrunableModule):
+        yield
+        return
+    own = vars(cls).get("on_load_checkpoint")
+    before = cls.on_load_checkpoint
+
+    def on_load_checkpoint(module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        take_shapes(module, checkpoint)
+        before(module, checkpoint)
+
+    cls.on_load_checkpoint = on_load_checkpoint  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        if own is None:
+            del cls.on_load_checkpoint
+        else:
+            cls.on_load_checkpoint = own  # type: ignore[method-assign]
 
 
 class PrunedCheckpoint(ModelCheckpoint):

@@ -19,7 +19,7 @@ from lightning_prune import (
     count,
     load_pruned,
 )
-from lightning_prune.checkpoint import KEY, add_plan, plan_of, take_shapes
+from lightning_prune.checkpoint import KEY, add_plan, conform_on_load, plan_of, take_shapes
 from lightning_prune.errors import IncompatibleCheckpoint
 
 AT_3 = OneShot(3, unit="step")
@@ -257,6 +257,21 @@ def test_checkpoint_of_a_second_fit_loads_into_a_dense_model(fit, save_each, tin
     loaded = load_pruned(tiny_net, tmp_path / "epoch=1.ckpt")
     assert differing(model.state_dict(), loaded.state_dict()) == []
     assert torch.equal(loaded.eval()(X), model.eval()(X))
+
+
+def test_copy_of_the_module_takes_neither_the_trainer_nor_the_hook(tiny_net):
+    class Held(pl.Trainer):
+        def __deepcopy__(self, memo):
+            raise AssertionError("the trainer was copied with the module")
+
+    model = tiny_net()
+    handle = conform_on_load(Held(logger=False, accelerator="cpu", enable_checkpointing=False), model)
+    other = copy.deepcopy(model)
+    smaller = {name: value[:4] if name == "hidden.bias" else value for name, value in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match=r"size mismatch for hidden.bias"):
+        other.load_state_dict(smaller)
+    assert model.hidden.bias.shape == (12,)  # the hook of the copy does not reach back
+    handle.remove()
 
 
 class Metrics(Callback):

@@ -96,6 +96,20 @@ def test_masks_only_lose(fit, schedule, scope):
         assert sum(int(m.sum()) for m in later.values()) < sum(int(m.sum()) for m in earlier.values())
 
 
+def test_weight_that_went_is_out_of_the_ranking_also_where_others_are_at_zero(fit):
+    class Spy(Magnitude):
+        def scores(self, weights):
+            out = super().scores(weights)
+            self.seen = {name: (score, self.alive(name)) for name, score in out.items()}
+            return out
+
+    callback = Spy(0.2, schedule=Iterative(start=2, end=4, events=2, unit="step"))
+    fit(callback)
+    for score, alive in callback.seen.values():
+        assert torch.equal(score.isneginf(), ~alive)
+        assert 0 < alive.sum() < alive.numel()
+
+
 def test_weight_that_is_zero_before_pruning_is_not_counted_as_pruned(fit, tiny_net):
     model = tiny_net()
     nn.init.zeros_(model.hidden.weight)
@@ -114,10 +128,7 @@ def test_survivors_train_on_from_their_values(fit, tiny_net):
     model = tiny_net()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
 
-    class Still(Magnitude):
-        pass
-
-    callback = Still(0.5, schedule=OneShot(0, unit="step"))
+    callback = Magnitude(0.5, schedule=OneShot(0, unit="step"))
     fit(callback, model=model, limit_train_batches=1, max_epochs=1)
     for name, mask in callback.plan.masks.items():
         after = dict(model.named_parameters())[name]

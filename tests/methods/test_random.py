@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from lightning_prune import Budget, OneShot, RandomChannels, RandomWeights
+from lightning_prune import Budget, Iterative, OneShot, RandomChannels, RandomWeights
 from lightning_prune.methods.random import random_score
 
 OTHER_PROCESS = """
@@ -72,3 +72,18 @@ def test_choice_has_nothing_to_do_with_the_weights(fit, tiny_net):
         fit(callback, model=tiny_net())
         plans.append(callback.plan)
     assert plans[0] == plans[1]
+
+
+def test_weight_that_went_does_not_return(fit):
+    class Spy(RandomWeights):
+        def select(self, *args):
+            masks = super().select(*args)
+            self.seen.append({name: mask.clone() for name, mask in masks.items()})
+            return masks
+
+    callback = Spy(0.2, schedule=Iterative(start=1, end=6, events=3, unit="step"))
+    callback.seen = []
+    fit(callback)
+    for earlier, later in zip(callback.seen, callback.seen[1:], strict=False):
+        assert not any((later[name] & ~earlier[name]).any() for name in earlier)
+    assert len(callback.seen) == 3
