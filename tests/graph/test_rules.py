@@ -246,9 +246,7 @@ NETS = {
         {"a": 4},
     ),
     "pooling and resizing": (
-        lambda n, x: n.l(
-            F.adaptive_avg_pool2d(F.interpolate(F.max_pool2d(n.a(x), 2), scale_factor=2.0), 1).flatten(1)
-        ),
+        lambda n, x: n.l(F.adaptive_avg_pool2d(F.interpolate(F.max_pool2d(n.a(x), 2), scale_factor=2.0), 1).flatten(1)),
         lambda: {"a": conv(3, 6), "l": nn.Linear(6, 2)},
         IMAGES,
         {"a": 6},
@@ -391,9 +389,7 @@ def test_a_layer_norm_over_rows_is_inexact_and_its_shape_follows(net, check_cut)
 
 
 def test_a_group_norm_with_a_channel_a_group_is_frozen_by_its_module(net):
-    model = net(
-        lambda n, x: n.l(area(n.norm(n.a(x)).relu())), a=conv(3, 8), norm=nn.GroupNorm(8, 8), l=nn.Linear(8, 2)
-    )
+    model = net(lambda n, x: n.l(area(n.norm(n.a(x)).relu())), a=conv(3, 8), norm=nn.GroupNorm(8, 8), l=nn.Linear(8, 2))
     graph = trace(model, IMAGES)
     assert graph.groups == ()
     assert "one channel a group" in graph.frozen["a"]
