@@ -4,7 +4,7 @@
         [--epochs 1] [--keep 0.5] --out FILE.csv
 
 The images are CIFAR-10 as JPEG files in one npz (``<split>_jpeg``, ``<split>_offsets``, ``<split>_labels``); the
-weights a ``{"state_dict": ...}`` of He et al.'s net. `L1Filter` cuts at the start; `TaylorWeight` needs gradients and cuts
+weights a ``{"state_dict": ...}`` of He et al.'s net. `L1Filter` cuts at the start; `TaylorWeight` needs gradients, cuts
 after ``--gather`` steps, in one event, with a learning rate of zero until then, so that the cut alone is seen. Rows are
 appended; runs already in the file are not repeated. Augmentation: 4-pixel pad and crop (one offset a batch), flip. SGD,
 Nesterov 0.9, weight decay 5e-4, the rate falling linearly from 0.01 to zero, batch 128.
