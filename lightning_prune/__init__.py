@@ -7,6 +7,7 @@
 
 from lightning_prune import errors
 from lightning_prune.budget import Budget
+from lightning_prune.channel_pruner import ChannelPruner
 from lightning_prune.checkpoint import PrunableModule, PrunedCheckpoint, load_pruned
 from lightning_prune.cost import Cost, count
 from lightning_prune.decision import Plan
@@ -16,10 +17,11 @@ from lightning_prune.methods.magnitude import Magnitude
 from lightning_prune.methods.random import RandomChannels, RandomWeights
 from lightning_prune.methods.taylor_weight import TaylorWeight
 from lightning_prune.planning import plan
-from lightning_prune.pruner import ChannelPruner, Paper, Pruner, WeightPruner
+from lightning_prune.pruner import Paper, Pruner
 from lightning_prune.report import Report
 from lightning_prune.schedule import Event, Gradual, Iterative, OneShot, Schedule
 from lightning_prune.surgery import conform, cut, trace
+from lightning_prune.weight_pruner import WeightPruner
 
 __version__ = "0.1.0"
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from lightning_prune.budget import Budget
+from lightning_prune.channel_pruner import ChannelPruner
 from lightning_prune.decision import Plan
 from lightning_prune.graph.groups import ChannelGraph
 from lightning_prune.methods import find
-from lightning_prune.pruner import ChannelPruner
 
 
 def plan(graph: ChannelGraph, method: str = "l1_filter", budget: Budget | float = 0.5, **arguments: Any) -> Plan:

@@ -15,9 +15,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_prune.budget import Budget
+from lightning_prune.channel_pruner import ChannelPruner, Join
 from lightning_prune.graph.groups import Group
 from lightning_prune.graph.views import LayerView
-from lightning_prune.pruner import ChannelPruner, Join, Paper
+from lightning_prune.pruner import Paper
 from lightning_prune.ranking import top_mask
 from lightning_prune.schedule import OneShot
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_prune.budget import Budget
-from lightning_prune.pruner import Paper, WeightPruner
+from lightning_prune.pruner import Paper
 from lightning_prune.schedule import Gradual
+from lightning_prune.weight_pruner import WeightPruner
 
 
 def magnitude_score(weight: Tensor) -> Tensor:

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_prune.channel_pruner import ChannelPruner
 from lightning_prune.graph.views import LayerView
-from lightning_prune.pruner import ChannelPruner, WeightPruner
 from lightning_prune.schedule import Gradual, Iterative
+from lightning_prune.weight_pruner import WeightPruner
 
 
 def random_score(size: torch.Size | tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -14,8 +14,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_prune.budget import Budget
+from lightning_prune.channel_pruner import ChannelPruner
 from lightning_prune.graph.views import LayerView
-from lightning_prune.pruner import ChannelPruner, Paper
+from lightning_prune.pruner import Paper
 from lightning_prune.schedule import Iterative
 
 
