@@ -10,8 +10,8 @@
     log        -> `log_row`                  one row an event and an epoch
 
 Events run in one place: at progress 0 in `on_train_start`, every other one in `on_train_batch_end` of the first batch
-whose optimizer step reaches it, before validation and before checkpoints are written. Here are hooks and events; the two
-kinds of methods, `channel_pruner.py` and `weight_pruner.py`, hold the arrows from statistics to optimizer.
+whose optimizer step reaches it, before validation and before checkpoints are written. Here are hooks and events; the
+two kinds of methods, `channel_pruner.py` and `weight_pruner.py`, hold the arrows from statistics to optimizer.
 """
 
 from __future__ import annotations
