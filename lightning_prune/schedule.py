@@ -139,16 +139,16 @@ class Iterative(Schedule):
     Args:
         start: first event, in ``unit``.
         end: last event (with ``every``: none later).
-        events: number of events; a single one comes at ``end``.
         every: distance of events in ``unit``, instead of ``events``.
+        events: number of events; a single one comes at ``end``.
         unit: see :class:`OneShot`.
         curve: ``"linear"``, ``"cubic"`` or ``"cosine"``.
     """
 
     start: float = 0.1
     end: float = 0.7
-    events: int = 10
     every: float | None = None
+    events: int = 10
     unit: Unit = "fit"
     curve: Curve = "linear"
 

@@ -158,7 +158,7 @@ def schedules(draw):
     every = draw(st.none() | st.floats(0.01, 1))
     count = draw(st.integers(1, 50))
     if draw(st.booleans()):
-        return Iterative(start, end, count, every, curve=draw(st.sampled_from(list(CURVES))))
+        return Iterative(start, end, every, count, curve=draw(st.sampled_from(list(CURVES))))
     assume(end - start > 1e-6)
     return Gradual(start, end, every, count, power=draw(st.floats(0.5, 5)))
 
