@@ -266,9 +266,13 @@ def _exchange(tensor: Tensor, new: Tensor) -> None:
 
 
 def _select(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
+    """The kept slices, in the tensor's own memory format."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim)
+    if last is None or tensor.is_contiguous() or not tensor.is_contiguous(memory_format=last):
+        last = torch.contiguous_format
     for dim, index in kept.items():
         tensor = tensor.index_select(dim, index.to(tensor.device))
-    return tensor.contiguous()
+    return tensor.contiguous(memory_format=last)
 
 
 def _complement(kept: Tensor, size: int) -> Tensor:

@@ -471,3 +471,12 @@ def test_a_state_that_contradicts_its_plan_is_refused_before_any_change():
     with pytest.raises(IncompatibleCheckpoint, match=r"'4.bias' has shape \(2,\) .* its plan says \(4,\)"):
         conform(model, state, applied(small))
     assert same(before, state_of(model))
+
+
+def test_a_cut_keeps_the_memory_format_of_a_weight():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).to(memory_format=torch.channels_last)
+    graph = trace(model, torch.zeros(1, 3, 8, 8))
+    cut(model, graph.plan({"0": torch.arange(8) % 2 == 0}))
+    assert model[2].weight.shape == (4, 4, 3, 3)
+    assert model[2].weight.is_contiguous(memory_format=torch.channels_last)
+    assert not model[2].weight.is_contiguous()
