@@ -136,6 +136,17 @@ class ChannelPruner(Pruner):
     def after_prune(self, keep: Mapping[str, Tensor]) -> None:
         """Something a method does once channels are gone: group -> (C,) bool of what stayed."""
 
+    def check(self, graph: ChannelGraph) -> None:
+        """Say of a traced model, before anything is trained, whether there is something to prune and the budget is met.
+
+        Raises:
+            NothingToPrune: if no channel may go.
+            UnmeetableBudget: if the budget is out of reach; the message says the smallest reachable value.
+        """
+        self._graph, self._frozen, self._dense_cost, self._plan = graph, graph.frozen, graph.cost(), Plan()
+        self._statistics = None
+        self._prepare(graph.model)
+
     def plan_for(self, graph: ChannelGraph) -> Plan:
         """What this method would keep of a traced model, all the way to the budget; nothing is cut.
 
@@ -143,9 +154,7 @@ class ChannelPruner(Pruner):
             NothingToPrune: if no channel may go.
             UnmeetableBudget: if the budget is out of reach.
         """
-        self._graph, self._frozen, self._dense_cost, self._plan = graph, graph.frozen, graph.cost(), Plan()
-        self._statistics = None
-        self._prepare(graph.model)
+        self.check(graph)
         with torch.no_grad():
             scores = self._score_all()
             check_finite(scores)

@@ -33,6 +33,7 @@ from typing_extensions import override
 
 import lightning_prune
 from lightning_prune.budget import Budget
+from lightning_prune.channel_pruner import ChannelPruner
 from lightning_prune.checkpoint import load_pruned, plan_of
 from lightning_prune.commands import one_line
 from lightning_prune.commands.digits import DigitsData, DigitsNet
@@ -42,6 +43,7 @@ from lightning_prune.latency import Latency, compare, state_dict_bytes
 from lightning_prune.methods import find
 from lightning_prune.pruner import Pruner
 from lightning_prune.report import markdown_table
+from lightning_prune.surgery import trace
 
 BATCH_SIZES = (1, 32)
 KEEP = {"weights": 0.1}  # of the kinds that are not at 0.5 by default
@@ -104,9 +106,13 @@ def demo(pruner: Pruner, seed: int, epochs: int, out: Path) -> dict[str, Any]:
 
     Raises:
         RuntimeError: if the checkpoint, loaded in a fresh process, is not what was trained.
+        UnmeetableBudget: if the budget is out of reach, before anything is trained or written.
     """
     started = time.perf_counter()
     name = type(pruner).__name__
+    if isinstance(pruner, ChannelPruner):  # a budget out of reach is said now, not after the dense fit
+        net = DigitsNet()
+        type(pruner)(pruner.budget).check(trace(net, net.example_input_array))
     out.mkdir(parents=True, exist_ok=True)
     print(f"{name}, {pruner.budget.keep:g} of the {pruner.budget.of} kept, seed {seed}: two fits of {epochs} epochs")
     dense, dense_accuracy, _ = _fitted("dense", seed, epochs, out)

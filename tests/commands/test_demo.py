@@ -279,3 +279,10 @@ def test_main_job_reaches_what_it_promises(tmp_path):
     assert 0.45 <= report["flops_kept"] <= 0.5
     assert report["reloaded"] == report["pruned"]["accuracy"]
     assert report["seconds"] < 90
+
+
+def test_budget_out_of_reach_is_said_before_anything_is_trained_or_written(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "_fitted", None)
+    assert main(["demo", "--keep", "0.001", "--out", str(tmp_path / "out")]) == 1
+    assert "of the flops cannot be met: with the fewest channels allowed 0.0034 are left" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
