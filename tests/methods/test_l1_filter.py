@@ -200,3 +200,30 @@ def test_sensitivity_prunes_each_group_alone():
 def test_bad_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         L1Filter(0.5, **settings)
+
+
+class Bottleneck(nn.Module):
+    """A residual block that ends in a 1x1 convolution, as its shortcut does: shapes do not tell them apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(1, 2, 3, padding=1)
+        self.inner = nn.Conv2d(2, 3, 3, padding=1)
+        self.expand = nn.Conv2d(3, 3, 1)
+        self.projection = nn.Conv2d(2, 3, 1)
+        self.last = nn.Conv2d(3, 1, 1)
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        return self.last((self.expand(self.inner(x).relu()) + self.projection(x)).relu())
+
+
+def test_projection_decides_in_a_bottleneck_too():
+    # norms of the last convolution (3, 6, 12), of the projection (8, 4, 2): the projection reads what `inner` reads too
+    model = Bottleneck()
+    with torch.no_grad():
+        model.expand.weight.copy_(torch.tensor([1.0, 2.0, 4.0])[:, None, None, None].expand(3, 3, 1, 1))
+        model.projection.weight.copy_(torch.tensor([4.0, 2.0, 1.0])[:, None, None, None].expand(3, 2, 1, 1))
+    graph = trace(model, torch.zeros(1, 1, 6, 6))
+    found = plan(graph, "l1_filter", Budget(0.9, of="units"), ignore=["first", "inner"])
+    assert kept(found, "expand.weight") == kept(found, "projection.weight") == [0, 1]

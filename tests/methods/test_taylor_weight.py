@@ -296,3 +296,11 @@ def test_ranks_all_layers_together_without_normalising(fit):
 def test_bad_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         TaylorWeight(0.5, **settings)
+
+
+def test_a_layer_in_front_of_a_norm_without_a_scale_is_warned_of():
+    norm = nn.BatchNorm2d(4, affine=False)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), norm, nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    graph = trace(model, torch.zeros(2, 1, 8, 8))
+    with pytest.warns(UserWarning, match="0 stand in front of a norm without a scale"):
+        TaylorWeight(0.5).check(graph)
