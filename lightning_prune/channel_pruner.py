@@ -91,7 +91,6 @@ class ChannelPruner(Pruner):
         self._seen = Plan()
         self._alive: dict[str, Tensor] = {}
         self._dense_sizes: dict[str, int] = {}
-        self._masks: Masks | None = None
         self._saved_statistics: dict[str, Any] | None = None
 
     @property
@@ -176,10 +175,10 @@ class ChannelPruner(Pruner):
     def _prepare(self, model: nn.Module) -> None:
         graph = self.graph
         ignored = matching(model, self.ignore)
-        self._groups: list[Group] = [g for g in graph.groups if not _is_ignored(g, ignored)]
+        self._groups: list[Group] = [g for g in graph.groups if g.producers and not _is_ignored(g, ignored)]
         if not self._groups:
             reasons = [f"{name}: {why}" for name, why in list(graph.frozen.items())[:8]]
-            reasons += [f"{g.name}: ignored" for g in graph.groups]
+            reasons += [f"{g.name}: ignored" if g.producers else f"{g.name}: no layer makes it" for g in graph.groups]
             raise NothingToPrune(f"no channel of {type(model).__name__} may go: " + "; ".join(reasons))
         for name in self.keep:
             if name not in {g.name for g in self._groups}:
@@ -207,7 +206,7 @@ class ChannelPruner(Pruner):
         self._seen = seen
         before = {group.name: group.size for group in self._groups}
         self._graph = surgery.trace(model, self.graph.example_inputs)
-        self._groups = [group for group in self.graph.groups if group.name in before]
+        self._groups = [group for group in self.graph.groups if group.name in before and group.producers]
         same = {group.name for group in self._groups if group.size == before[group.name]}
         self._statistics.drop(before.keys() - same)
         self._statistics.join({group.name: group.size for group in self._groups})
@@ -219,12 +218,6 @@ class ChannelPruner(Pruner):
         """Views of the network as it is now."""
         parameters: dict[str, Tensor] = dict(model.named_parameters())
         self._views = {g.name: [LayerView(g, p, parameters) for p in g.producers] for g in self._groups}
-        empty = [name for name, views in self._views.items() if not views]
-        for name in empty:  # no layer makes these channels alone: nothing a method could score
-            del self._views[name]
-        self._groups = [g for g in self._groups if g.name in self._views]
-        if not self._groups:
-            raise NothingToPrune(f"no layer of {type(model).__name__} makes channels that may go")
         if self._statistics is None:
             device = next(iter(parameters.values())).device
             self._statistics = Statistics({g.name: g.size for g in self._groups}, device)
@@ -242,7 +235,7 @@ class ChannelPruner(Pruner):
     def _measured_cost(self, counts: Mapping[str, int]) -> int:
         """What the budget bounds, for channel counts."""
         if self.budget.of == "units":
-            return sum(counts.get(name, int(mask.sum())) for name, mask in self._alive.items() if name in self._views)
+            return sum(counts.get(name, int(mask.sum())) for name, mask in self._alive.items())
         flops, params = self.graph.costs.flops_and_params(self._counts(counts))
         return flops if self.budget.of == "flops" else params
 
@@ -284,13 +277,6 @@ class ChannelPruner(Pruner):
                         values[name] = self.combine(self._joined(parts))
             if values:
                 self._statistics.add(values)
-        if self._masks is not None:
-            self._masks.mask_gradients()
-
-    @override
-    def _after_step(self) -> None:
-        if self._masks is not None:
-            self._masks.hold()
 
     @override
     def _decide_and_apply(self, trainer: pl.Trainer, model: pl.LightningModule, progress: float) -> bool:
@@ -348,10 +334,7 @@ class ChannelPruner(Pruner):
         if self.apply == "mask":
             self._mask(trainer, model, keep)
         elif changed:
-            step = self._cut(trainer, model, keep, scores, progress)
-            if step is None:
-                return True
-            keep = step
+            keep = self._cut(trainer, model, keep, scores, progress)
         else:
             self._statistics.cut({name: torch.ones(len(m), dtype=torch.bool) for name, m in keep.items()})
         self._log_scores(trainer, scores)
@@ -365,7 +348,7 @@ class ChannelPruner(Pruner):
         keep: dict[str, Tensor],
         scores: Mapping[str, Tensor],
         progress: float,
-    ) -> dict[str, Tensor] | None:
+    ) -> dict[str, Tensor]:
         graph, statistics = self.graph, self._statistics
         assert statistics is not None
         step = graph.plan(keep)
@@ -390,7 +373,10 @@ class ChannelPruner(Pruner):
             self._groups = [g for g in self._groups if g.name not in gone]
             for name in gone:
                 del self._views[name], self._alive[name], self._dense_sizes[name]
+            self._total_units = sum(self._dense_sizes.values())
             statistics.drop(gone)
+            if not self._groups:
+                raise NothingToPrune(f"no channel of {type(model).__name__} may go, as trial cuts showed") from error
             kept_scores = {name: score for name, score in scores.items() if name not in gone}
             again = self._choose(kept_scores, self.budget.at(progress))
             return self._cut(trainer, model, again, kept_scores, progress)

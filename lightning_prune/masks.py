@@ -70,7 +70,7 @@ class Masks:
     @torch.no_grad()
     def hold(self) -> None:
         """Put zeros under the masks once more, after an optimizer step; finite weights are taken for granted."""
-        if multipliers := self._aligned():
+        if self.removed() and (multipliers := self._aligned()):
             torch._foreach_mul_([self._parameters[name] for name in multipliers], list(multipliers.values()))
 
     @torch.no_grad()
@@ -82,6 +82,8 @@ class Masks:
         Raises:
             RuntimeError: if a gradient is sparse.
         """
+        if not self.removed():
+            return
         gradients, multipliers = [], []
         for name, multiplier in self._aligned().items():
             gradient = self._parameters[name].grad
@@ -99,6 +101,14 @@ class Masks:
     def as_bool(self) -> dict[str, Tensor]:
         """Return name -> bool mask, True = keep, on the device of the parameter."""
         return {name: multiplier != 0 for name, multiplier in self._aligned().items()}
+
+    def of(self, name: str) -> Tensor:
+        """Return the bool mask of one parameter, True = keep, on its device."""
+        return self._aligned()[name] != 0
+
+    def removed(self) -> int:
+        """Return how many entries are masked, over all parameters."""
+        return sum(m.numel() for m in self._multipliers.values()) - sum(self._kept.values())
 
     def density(self) -> float:
         """Return entries kept / all entries over the masked parameters; 1 if nothing is masked."""

@@ -131,6 +131,7 @@ class Pruner(Callback):
         self._handles: list[Any] = []
         self._started = False
         self._stepped = False
+        self._masks: Masks | None = None  # what is held at zero, of either kind
 
     @property
     def cuts(self) -> bool:
@@ -211,9 +212,6 @@ class Pruner(Callback):
     def _gather(self, optimizer: Optimizer) -> None:
         """Look at whole gradients, before the optimizer step."""
 
-    def _after_step(self) -> None:
-        """After every optimizer step."""
-
     def _catch_up(self, model: pl.LightningModule) -> None:
         """Look again, if another callback has cut the model."""
 
@@ -292,6 +290,8 @@ class Pruner(Callback):
         self._stepped = True
         self._catch_up(pl_module)
         self._gather(optimizer)
+        if self._masks is not None:
+            self._masks.mask_gradients()
 
     @override
     def on_train_batch_end(
@@ -301,7 +301,8 @@ class Pruner(Callback):
         if self._stepped:
             self._stepped = False
             self._steps += 1
-            self._after_step()
+            if self._masks is not None:
+                self._masks.hold()
             self._catch_up(pl_module)
             self._run_due(trainer, pl_module)
         self._show(pl_module, first=batch_idx == 0)

@@ -89,7 +89,7 @@ def cut(
     earlier = _applied.get(model) or Plan()
     if since is None:
         since = Plan() if _is_of_now(model, plan, earlier) else earlier
-    before = graph.cost() if graph is not None else _params_only(model)
+    before = graph.cost(since) if graph is not None else _params_only(model)
     inputs = graph.example_inputs if example_inputs is None and graph is not None else example_inputs
     proved = verify != "never" and (verify == "always" or since.is_empty)
     if proved and inputs is None:
@@ -106,12 +106,9 @@ def cut(
     follow(optimizers, operation.cuts())
     operation.finish()
     _applied[model] = plan if since == earlier else compose(earlier, plan)
-    after = _params_only(model)
-    if graph is not None:
-        after = Cost(*_after(graph, plan))
     return Report(
         before=before,
-        after=after,
+        after=graph.cost(plan) if graph is not None else _params_only(model),
         groups=dict(plan.groups),
         removed=operation.removed(),
         frozen=dict(graph.frozen) if graph is not None else {},
@@ -125,11 +122,6 @@ def _is_of_now(model: nn.Module, plan: Plan, earlier: Plan) -> bool:
     return not earlier.is_empty and all(
         name in tensors and tuple(tensors[name].shape) == shape for name, shape in plan.shapes.items()
     )
-
-
-def _after(graph: ChannelGraph, plan: Plan) -> tuple[int, int, Mapping[str, Mapping[str, int]]]:
-    cost = graph.cost(plan)
-    return cost.flops, cost.params, cost.by_layer
 
 
 def _params_only(model: nn.Module) -> Cost:

@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Literal
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_prune import figures
@@ -50,7 +49,6 @@ class WeightPruner(Pruner):
         super().__init__(budget, **shared)
         self.scope = self.default_scope if scope is None else scope
         one_of("scope", self.scope, ("global", "layer"))
-        self._masks: Masks | None = None
         self._weights: dict[str, nn.Parameter] = {}
         self._exempt: dict[str, int] = {}
         self._flops: dict[str, int] = {}
@@ -70,7 +68,7 @@ class WeightPruner(Pruner):
     def alive(self, name: str) -> Tensor:
         """The mask of a weight before this event: bool, its shape, True = kept so far."""
         assert self._masks is not None
-        return self._masks.as_bool()[name]
+        return self._masks.of(name)
 
     @override
     def _prepare(self, model: nn.Module) -> None:
@@ -115,16 +113,6 @@ class WeightPruner(Pruner):
         return budget.limit(self._dense_measure()) - self._fixed(), self._price()
 
     @override
-    def _gather(self, optimizer: Optimizer) -> None:
-        if self._masks is not None:
-            self._masks.mask_gradients()
-
-    @override
-    def _after_step(self) -> None:
-        if self._masks is not None:
-            self._masks.hold()
-
-    @override
     def _decide_and_apply(self, trainer: pl.Trainer, model: pl.LightningModule, progress: float) -> bool:
         assert self._masks is not None
         scores = self.scores(self._weights)
@@ -153,8 +141,7 @@ class WeightPruner(Pruner):
 
     def _params_left(self) -> int:
         assert self._dense_cost is not None
-        gone = 0 if self._masks is None else sum(int((~m).sum()) for m in self._masks.as_bool().values())
-        return self._dense_cost.params - gone
+        return self._dense_cost.params - (0 if self._masks is None else self._masks.removed())
 
     @override
     def _row(self) -> dict[str, float]:

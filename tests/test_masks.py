@@ -163,3 +163,22 @@ def test_masks_follow_a_parameter_to_the_gpu():
     masks.mask_gradients()
     assert torch.equal(layer.weight.grad.cpu(), DIAGONAL.float())
     assert torch.equal((layer.weight == 0).cpu(), ~DIAGONAL)
+
+
+def test_nothing_is_touched_before_anything_is_masked():
+    layer = nn.Linear(3, 2)
+    masks = Masks({"weight": layer.weight}, {"weight": torch.ones(2, 3, dtype=torch.bool)})
+    layer.weight.grad = torch.ones(2, 3)
+    before = layer.weight._version, layer.weight.grad._version
+    masks.mask_gradients()
+    masks.hold()
+    assert (layer.weight._version, layer.weight.grad._version) == before
+    assert masks.removed() == 0
+
+
+def test_removed_counts_masked_entries_and_of_gives_one_mask():
+    layer = nn.Linear(3, 2)
+    mask = torch.tensor([[True, False, True], [False, False, True]])
+    masks = Masks({"weight": layer.weight}, {"weight": mask})
+    assert masks.removed() == 3
+    assert torch.equal(masks.of("weight"), mask)

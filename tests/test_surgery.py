@@ -480,3 +480,11 @@ def test_a_cut_keeps_the_memory_format_of_a_weight():
     assert model[2].weight.shape == (4, 4, 3, 3)
     assert model[2].weight.is_contiguous(memory_format=torch.channels_last)
     assert not model[2].weight.is_contiguous()
+
+
+def test_costs_before_a_second_cut_are_those_after_the_first():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    graph = trace(model, torch.zeros(1, 3, 8, 8))
+    first = cut(model, graph.plan({"0": torch.arange(8) < 6}))
+    second = cut(model, graph.plan({"0": torch.arange(8) < 4}))
+    assert (second.before.flops, second.before.params) == (first.after.flops, first.after.params)
