@@ -364,7 +364,7 @@ class ChannelPruner(Pruner):
                 verify="always" if self.verify == "first" and not self._plan.kept else _rest(self.verify),
             )
         except UnsafeCut as error:
-            settled = surgery.settle(graph, [g.name for g in self._groups])
+            settled = surgery.settle(graph, [g.name for g in self._groups], keep)
             if len(settled.groups) == len(graph.groups):
                 raise
             gone = sorted(set(settled.frozen) - set(graph.frozen))

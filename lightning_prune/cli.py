@@ -85,7 +85,7 @@ def told(message: str) -> str:
     """
     lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
     kept = [line for line in lines if line and not line.startswith(_NOISE)] or lines
-    text = " ".join(kept)
+    text = " ".join(dict.fromkeys(kept))  # several alternatives may say the same
     given = [line.removeprefix("Given value: ") for line in lines if line.startswith("Given value: ")]
     scalars = [value for value in given if not value.startswith(("[", "{", "Namespace"))]
     if scalars and scalars[0] not in text:

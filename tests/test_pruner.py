@@ -889,3 +889,35 @@ def test_masks_hold_against_an_optimizer_that_adds_noise(fit, tiny_net):
     trainer = fit(callback, model=Net())
     for name, mask in callback.plan.masks.items():
         assert trainer.lightning_module.state_dict()[name][~mask].count_nonzero() == 0
+
+
+def scaled_by_width(tiny_net, also_hidden=False):
+    """TinyNet whose code multiplies with the width of its inner convolution: no trace sees it, a first cut shows it."""
+
+    class Scaled(tiny_net):
+        def forward(self, x):
+            x = F.relu(self.norm0(self.stem(x)))
+            inner = F.relu(self.norm1(self.conv1(x)))
+            x = F.relu(x + self.norm2(self.conv2(inner * inner.shape[1])))
+            hidden = F.relu(self.hidden(x.mean((2, 3)) * (x.shape[1] if also_hidden else 1)))
+            return self.fc(hidden * (hidden.shape[1] if also_hidden else 1))
+
+    return Scaled()
+
+
+def test_a_group_that_a_cut_shows_to_be_unsafe_is_frozen_and_the_others_meet_the_budget(fit, tiny_net):
+    # 6 + 12 + 12 channels; conv1's 12 stay whole, and are not counted as gone: of the 18 others 12 may be kept
+    callback = L1Filter(Budget(0.7, of="units"), schedule=OneShot(0.0))
+    model = scaled_by_width(tiny_net)
+    with pytest.warns(UserWarning, match="freezes conv1"):
+        fit(callback, model=model)
+    assert model.conv1.weight.shape[0] == 12
+    assert len(model.stem.weight) + len(model.hidden.weight) == 12
+    assert "conv1" in callback.report.frozen
+
+
+def test_where_every_group_is_unsafe_the_model_is_left_whole_and_says_so(fit, tiny_net):
+    model = scaled_by_width(tiny_net, also_hidden=True)
+    with pytest.warns(UserWarning, match="freezes"), pytest.raises(NothingToPrune, match="as trial cuts showed"):
+        fit(L1Filter(0.5, schedule=OneShot(0.0)), model=model)
+    assert [p.shape for p in model.parameters()] == [p.shape for p in tiny_net().parameters()]

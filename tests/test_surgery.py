@@ -488,3 +488,25 @@ def test_costs_before_a_second_cut_are_those_after_the_first():
     first = cut(model, graph.plan({"0": torch.arange(8) < 6}))
     second = cut(model, graph.plan({"0": torch.arange(8) < 4}))
     assert (second.before.flops, second.before.params) == (first.after.flops, first.after.params)
+
+
+def test_an_error_too_small_for_single_precision_is_told_from_rounding_in_double():
+    # the last bias is 300 times what the other layers give, so that a wrong scale moves the output by less than 1e-4
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)
+
+        def forward(self, x):
+            y = self.a(x).relu()
+            return self.b(y / y.shape[1])
+
+    torch.manual_seed(0)
+    model = Scaled()
+    with torch.no_grad():
+        model.b.bias.copy_(torch.tensor([1000.0, 900.0]))
+    graph = trace(model, torch.randn(1, 3, 4, 4))
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(UnsafeCut, match="allowed 1e-09"):
+        cut(model, graph.plan({"a": torch.arange(8) < 4}))
+    assert all(torch.equal(p, q) and p.dtype == torch.float32 for p, q in zip(model.parameters(), before, strict=True))
