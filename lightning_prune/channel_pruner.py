@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from lightning_prune import checkpoint as _checkpoint
 from lightning_prune import figures, surgery
+from lightning_prune.absorb import Absorbed, checked, for_cut
 from lightning_prune.budget import Budget
 from lightning_prune.cost import Cost
 from lightning_prune.decision import Plan
@@ -47,6 +48,8 @@ class ChannelPruner(Pruner):
         scope: "global", one ranking of all groups, or "uniform", one common fraction solved for the budget.
         keep: group -> fraction of its own, with ``scope="uniform"``.
         verify: prove the "first" cut, "always", or "never".
+        absorb: add the constants of channels that go to what their readers make; a number takes near-constant channels
+            as well, up to that tolerance (see `lightning_prune.absorb`), for which ``example_input`` has to be data.
         **shared: see `Pruner`.
     """
 
@@ -65,6 +68,7 @@ class ChannelPruner(Pruner):
         scope: Scope | None = None,
         keep: Mapping[str, float] | None = None,
         verify: Verify = "first",
+        absorb: bool | float = True,
         **shared: Any,
     ) -> None:
         super().__init__(budget, **shared)
@@ -85,6 +89,7 @@ class ChannelPruner(Pruner):
         self.min_channels = min_channels
         self.keep = dict(keep or {})
         self.verify = verify
+        self.absorb = absorb if isinstance(absorb, bool) else checked(absorb)
         self._statistics: Statistics | None = None
         self._views: dict[str, list[LayerView]] = {}
         self._anchors: dict[str, int] = {}
@@ -361,6 +366,7 @@ class ChannelPruner(Pruner):
                 trainer.optimizers,
                 graph=graph,
                 since=since,
+                absorb=self._absorbed(trainer, model, plan, since),
                 verify="always" if self.verify == "first" and not self._plan.kept else _rest(self.verify),
             )
         except UnsafeCut as error:
@@ -381,7 +387,8 @@ class ChannelPruner(Pruner):
             again = self._choose(kept_scores, self.budget.at(progress))
             return self._cut(trainer, model, again, kept_scores, progress)
         for copy in _checkpoint.copies(trainer, model):
-            surgery.cut(copy, plan, since=since, verify="never")
+            own = self._absorbed(trainer, copy, plan, since)
+            surgery.cut(copy, plan, since=since, verify="never", absorb=own)
         self._plan, self._seen = plan, surgery.applied(model)
         self._graph = graph.after(step)
         names = {g.name for g in self._groups}
@@ -392,6 +399,11 @@ class ChannelPruner(Pruner):
         _checkpoint.wrap_again(trainer, model)
         return keep
 
+    def _absorbed(self, trainer: pl.Trainer, model: nn.Module, plan: Plan, since: Plan) -> Absorbed:
+        """What a cut of the module, or of a copy of it, is to absorb; the same on all processes."""
+        found: Absorbed = trainer.strategy.broadcast(for_cut(model, plan, self.graph, self.absorb, since=since))
+        return found
+
     def _mask(self, trainer: pl.Trainer, model: pl.LightningModule, keep: dict[str, Tensor]) -> None:
         assert self._statistics is not None
         plan = self.graph.plan(keep)
@@ -399,6 +411,8 @@ class ChannelPruner(Pruner):
         masks = {name: _outer(parameters[name].shape, dims) for name, dims in plan.kept.items()}
         self._plan = Plan(masks=masks, shapes={n: tuple(m.shape) for n, m in masks.items()}, groups=plan.groups)
         self._masks = Masks(parameters, masks)
+        for held in (model, *_checkpoint.copies(trainer, model)):
+            self._absorbed(trainer, held, plan, Plan()).add_to(held)
         self._masks.zero()
         zero_copies(trainer, model, masks)
         clear(trainer.optimizers, {parameters[name]: mask for name, mask in masks.items()})

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -158,6 +159,7 @@ class CostModel:
         flop_coefficients, flop_sizes: (T,), (T, K): terms of the flops; unused places name size 0.
         param_coefficients, param_sizes: likewise, one term per parameter.
         labels: per flop term (module path, operator).
+        rounded: (T,) bool, flop terms that fvcore counts from a figure of four digits, printed by NumPy.
     """
 
     base: NDArray[np.int64]
@@ -168,20 +170,32 @@ class CostModel:
     param_coefficients: NDArray[np.int64]
     param_sizes: NDArray[np.int64]
     labels: Sequence[tuple[str, str]]
+    rounded: NDArray[np.bool_]
+
+    def flop_terms(self, kept: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(T,) flops of each term, for (G,) channels kept per group."""
+        sizes = self.base + self.per_group @ kept
+        flops: NDArray[np.int64] = self.flop_coefficients * sizes[self.flop_sizes].prod(axis=1)
+        for i in self._rounded_at:
+            flops[i] = int(float(f"{flops[i] + 1:.3e}") // 2)
+        return flops
 
     def flops_and_params(self, kept: NDArray[np.int64]) -> tuple[int, int]:
         """The two totals, for (G,) channels kept per group."""
         sizes = self.base + self.per_group @ kept
         return (
-            int((self.flop_coefficients * sizes[self.flop_sizes].prod(axis=1)).sum()),
+            int(self.flop_terms(kept).sum()),
             int((self.param_coefficients * sizes[self.param_sizes].prod(axis=1)).sum()),
         )
+
+    @cached_property
+    def _rounded_at(self) -> list[int]:
+        return [int(i) for i in np.flatnonzero(self.rounded)]
 
     def cost(self, kept: NDArray[np.int64] | None = None) -> Cost:
         """The whole cost, by layer, for (G,) channels kept per group; of the dense model by default."""
         kept = self.dense if kept is None else kept
-        sizes = self.base + self.per_group @ kept
-        flops = self.flop_coefficients * sizes[self.flop_sizes].prod(axis=1)
+        flops = self.flop_terms(kept)
         by_layer: dict[str, Counter[str]] = {}
         for (module, operator), n in zip(self.labels, flops.tolist(), strict=True):
             by_layer.setdefault(module, Counter())[operator] += n

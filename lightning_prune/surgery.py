@@ -1,36 +1,42 @@
-"""Cut parameters and buffers of a model, in place, and prove it.
+"""Cut parameters and buffers of a model, in place.
 
-A cut is applied, seen to run and to compute what the uncut network computes with the removed coordinates at zero, or
-taken back whole. `Parameter` objects, their hooks and their places in optimizers stay the same: only the storage behind
-them is exchanged.
+A cut is applied and proved (`lightning_prune.proof`), or taken back whole. `Parameter` objects, their hooks and their
+places in optimizers stay the same: only the storage behind them is exchanged.
 """
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_prune import proof
+from lightning_prune.absorb import Absorbed, for_cut
 from lightning_prune.cost import Cost
 from lightning_prune.decision import Plan
 from lightning_prune.errors import IncompatibleCheckpoint, UnsafeCut
 from lightning_prune.graph import groups as _groups
+from lightning_prune.graph.attention import restore, swap
 from lightning_prune.graph.groups import ChannelGraph
-from lightning_prune.graph.trace import output_tensors, run, undisturbed
 from lightning_prune.optimizers import Cut, check, follow
 from lightning_prune.report import Report
 
 _graphs: WeakKeyDictionary[nn.Module, ChannelGraph] = WeakKeyDictionary()
 _applied: WeakKeyDictionary[nn.Module, Plan] = WeakKeyDictionary()
+_stand_ins: WeakSet[nn.Module] = WeakSet()  # modules swapped here
+_dense_attributes: WeakKeyDictionary[nn.Module, dict[tuple[str, str], Any]] = WeakKeyDictionary()  # before any cut
 _largest: WeakKeyDictionary[nn.Module, dict[str, tuple[int, ...]]] = WeakKeyDictionary()  # shapes before any cut
+_WORTH_A_COPY = 4  # entries in one piece from which on copying pieces is faster than one dimension after the other
+_SMALL = 1e-2  # a constant below is taken for a start near zero (layer scale), at which a branch would not be seen
 
 
 def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
@@ -63,6 +69,7 @@ def cut(
     verify: str = "first",
     graph: ChannelGraph | None = None,
     since: Plan | None = None,
+    absorb: bool | float | Absorbed = True,
 ) -> Report:
     """Cut a model down to a plan, in place; its optimizers follow.
 
@@ -74,6 +81,8 @@ def cut(
         verify: "first" (prove the first cut of this model), "always", or "never".
         graph: the model's graph; by default the one `trace` made for it.
         since: the plan it has been cut to before; by default what `cut` did to it last.
+        absorb: whether constants of channels that go are added to what their readers make (`lightning_prune.absorb`),
+            so that the function stays as it was; a number takes near-constant channels as well, up to that tolerance.
 
     Returns:
         What was cut, with costs before and after (flops are 0 if the model was never traced).
@@ -87,8 +96,9 @@ def cut(
     started = time.perf_counter()
     graph = graph or _graphs.get(model)
     earlier = _applied.get(model) or Plan()
+    tensors = _tensors(model)
     if since is None:
-        since = Plan() if _is_of_now(model, plan, earlier) else earlier
+        since = Plan() if _is_of_now(tensors, plan, earlier) else earlier
     before = graph.cost(since) if graph is not None else _params_only(model)
     inputs = graph.example_inputs if example_inputs is None and graph is not None else example_inputs
     proved = verify != "never" and (verify == "always" or since.is_empty)
@@ -96,15 +106,17 @@ def cut(
         warnings.warn("the cut is not proved: this model was not traced; pass example_inputs=", stacklevel=2)
         proved = False
     optimizers = list(optimizers)
-    operation = _Operation(model, plan, since)
-    _shapes_before_any_cut(model)
+    operation = _Operation(model, plan, since, tensors)
+    _largest.setdefault(model, {name: tuple(t.shape) for name, t in tensors.items()})
     check(optimizers, operation.parameters())
+    found = absorb if isinstance(absorb, Absorbed) else for_cut(model, plan, graph, absorb, inputs, since)
     if proved:
-        prove(operation, inputs, training=graph is None or graph.has_training_branch)
+        _warn_of(proof.prove(operation, inputs, graph is None or graph.has_training_branch), graph, plan)
     else:
         operation.apply()
     follow(optimizers, operation.cuts())
     operation.finish()
+    found.add_to(model, operation.kept)
     _applied[model] = plan if since == earlier else compose(earlier, plan)
     return Report(
         before=before,
@@ -116,9 +128,50 @@ def cut(
     )
 
 
-def _is_of_now(model: nn.Module, plan: Plan, earlier: Plan) -> bool:
+def _warn_of(seen: proof.Proof, graph: ChannelGraph | None, plan: Plan) -> None:
+    """Say what a proof left open, unless the graph said it before."""
+    if not seen.compared:
+        warnings.warn("the model is on the meta device: the cut was seen to run, but no value compared", stacklevel=3)
+    if seen.inexact and graph is not None:
+        cut_groups = [g for g in graph.groups if plan.groups.get(g.name, (g.size, 0))[0] < g.size]
+        if all(group.exact for group in cut_groups):
+            warnings.warn(
+                f"the cut network differs from the one with these channels at zero: {seen.inexact[0]}", stacklevel=3
+            )
+
+
+def _swap(module: nn.Module) -> bool:
+    """Put a stand-in in place of a module that has one, and remember who did; whether that was so."""
+    swapped = swap(module)
+    if swapped:
+        _stand_ins.add(module)
+    return swapped
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _named_modules(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
+    """The modules a plan names attributes of."""
+    named = dict(model.named_modules())
+    if missing := next((name for name in plan.attributes if name not in named), None):
+        raise ValueError(f"the plan names attributes of {missing!r}, which {type(model).__name__} does not have")
+    return {name: named[name] for name in plan.attributes}
+
+
+def _holders(model: nn.Module, names: Iterable[str]) -> list[nn.Module]:
+    """Modules that hold, somewhere inside, what these names name."""
+    paths: set[str] = set()
+    for name in names:
+        while name and name not in paths:
+            paths.add(name)
+            name = name.rpartition(".")[0]
+    return [module for path, module in model.named_modules() if path in paths or not path]
+
+
+def _is_of_now(tensors: Mapping[str, Tensor], plan: Plan, earlier: Plan) -> bool:
     """Whether a plan speaks of the model as it is now, traced again after an earlier cut, not of the dense one."""
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return not earlier.is_empty and all(
         name in tensors and tuple(tensors[name].shape) == shape for name, shape in plan.shapes.items()
     )
@@ -135,16 +188,17 @@ class _Operation:
         model: dense, or cut to ``since``.
         plan: where to go, in dense indices.
         since: where the model is now.
+        tensors: its parameters and buffers by name, if they are at hand.
 
     Raises:
         ValueError: if the model's tensors do not have the shapes the plans speak of.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, since: Plan) -> None:
+    def __init__(self, model: nn.Module, plan: Plan, since: Plan, tensors: Mapping[str, Tensor] | None = None) -> None:
         self.model = model
         self.plan = plan
         self.since = since
-        tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        tensors = _tensors(model) if tensors is None else tensors
         self.kept = plan.relative_to(since)
         self._tensors: dict[str, Tensor] = {}
         for name in plan.shapes:
@@ -161,10 +215,14 @@ class _Operation:
         self._shapes = {name: tuple(t.shape) for name, t in self._tensors.items()}
         self._originals = {name: t.detach() for name, t in self._tensors.items()}
         self._trial: dict[str, Tensor] = {}
-        self._modules = {name: dict(model.named_modules())[name] for name in plan.attributes}
+        self._modules = _named_modules(model, plan)
+        self._holders = _holders(model, [*plan.attributes, *plan.shapes])
         self._attributes = {
-            (name, key): getattr(module, key) for name, module in self._modules.items() for key in plan.attributes[name]
+            (name, key): getattr(module, key, None)
+            for name, module in self._modules.items()
+            for key in plan.attributes[name]
         }
+        self._swapped: list[nn.Module] = []
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return {name: t for name, t in self._tensors.items() if isinstance(t, nn.Parameter)}
@@ -175,19 +233,16 @@ class _Operation:
 
         A norm that is still at one, or a last layer at zero, would hide a wrong index from the proof.
         """
-        tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         generator = torch.Generator().manual_seed(0)
         others: list[tuple[Tensor, Tensor]] = []
         try:
-            for name, tensor in tensors.items():
-                if not tensor.is_floating_point() or tensor.numel() < 2:
+            for name, tensor in _tensors(self.model).items():
+                if not tensor.is_floating_point() or tensor.is_meta or not proof.is_constant(tensor):
                     continue
-                if not bool((tensor == tensor.flatten()[0]).all()):
-                    continue
-                value = tensor.detach().flatten()[0].cpu().double()
-                scale = float(value.abs()) or 0.1
-                drawn = value + scale * (torch.rand(tensor.shape, generator=generator, dtype=torch.float64) - 0.5)
-                self._trial[name] = drawn.to(tensor)
+                value = float(tensor.detach().flatten()[0])
+                scale = abs(value) if abs(value) > _SMALL else 0.1  # as large a part of the output as others have
+                drawn = torch.rand(tensor.shape, generator=generator) - 0.5
+                self._trial[name] = (drawn.double() * scale + value).to(tensor)
                 if name not in self._tensors:
                     others.append((tensor, tensor.detach()))
                     with torch.no_grad():
@@ -203,7 +258,11 @@ class _Operation:
         return self._trial.get(name, self._originals[name])
 
     def apply(self) -> None:
-        """Exchange the storages for smaller ones, and rewrite the attributes that hold sizes."""
+        """Exchange the storages for smaller ones, and rewrite the attributes that hold sizes.
+
+        A module whose own forward would not read them gets its stand-in.
+        """
+        self._swapped += [module for module in self._holders if _swap(module)]
         with torch.no_grad():
             for name, tensor in self._tensors.items():
                 _exchange(tensor, _select(self._value(name), self.kept[name]))
@@ -212,31 +271,43 @@ class _Operation:
                 setattr(module, key, value)
 
     def zero(self, nearly: float = 0.0) -> None:
-        """Instead of cutting: removed coordinates at zero, in parameters.
+        """Instead of cutting: removed coordinates at zero, in parameters and in buffers of floating numbers.
 
         Args:
             nearly: a value to put there instead, for layers that divide by a weight's length.
         """
         with torch.no_grad():
-            for name, tensor in self.parameters().items():
+            for name, tensor in self._tensors.items():
+                if not tensor.is_floating_point():
+                    continue
                 zeroed = self._value(name).clone()
                 for dim, kept in self.kept[name].items():
                     zeroed.index_fill_(dim, _complement(kept, zeroed.shape[dim]).to(zeroed.device), nearly)
                 _exchange(tensor, zeroed)
-            for name, buffer in self._tensors.items():
-                if name in self._trial and not isinstance(buffer, nn.Parameter):
-                    _exchange(buffer, self._trial[name].clone())
+
+    def again(self) -> _Operation:
+        """Return the same operation on the model's tensors as they are now, in double precision say."""
+        return _Operation(self.model, self.plan, self.since)
 
     def undo(self) -> None:
         """Everything as before."""
         with torch.no_grad():
             for name, tensor in self._tensors.items():
                 _exchange(tensor, self._originals[name])
+        while self._swapped:
+            _stand_ins.discard(self._swapped[-1])
+            restore(self._swapped.pop())
         for (name, key), value in self._attributes.items():
-            setattr(self._modules[name], key, value)
+            if value is None:  # it came with the cut, or with a stand-in
+                vars(self._modules[name]).pop(key, None)
+            else:
+                setattr(self._modules[name], key, value)
 
     def finish(self) -> None:
-        """Gradients follow."""
+        """Gradients follow, and what the attributes were in the dense model is remembered."""
+        dense = _dense_attributes.setdefault(self.model, {})
+        for at, value in self._attributes.items():
+            dense.setdefault(at, value)
         for name, tensor in self._tensors.items():
             if tensor.grad is not None:
                 grad = tensor.grad
@@ -263,9 +334,33 @@ def _select(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim)
     if last is None or tensor.is_contiguous() or not tensor.is_contiguous(memory_format=last):
         last = torch.contiguous_format
+    if kept and tensor.is_contiguous():
+        inner = max(kept)
+        piece = math.prod(tensor.shape[inner + 1 :])
+        block = 1 if piece >= _WORTH_A_COPY or tensor.ndim < 2 else _block(kept[inner], tensor.shape[inner])
+        if block * piece >= _WORTH_A_COPY:
+            return _blocks(tensor, kept, inner, block)
     for dim, index in kept.items():
         tensor = tensor.index_select(dim, index.to(tensor.device))
     return tensor.contiguous(memory_format=last)
+
+
+def _block(kept: Tensor, size: int) -> int:
+    """The largest number b such that whole blocks of b indices are kept or go, as behind a flattened image."""
+    ends = (kept.diff() > 1).nonzero().squeeze(1)
+    edges = torch.cat([kept[:1], kept[ends] + 1, kept[ends + 1], kept[-1:] + 1])
+    return math.gcd(size, *edges.tolist())
+
+
+def _blocks(tensor: Tensor, kept: Mapping[int, Tensor], inner: int, block: int) -> Tensor:
+    """The kept slices of a contiguous tensor, all dimensions at once: each index copies what lies in one piece."""
+    sizes = [*tensor.shape[:inner], tensor.shape[inner] // block]
+    rows = torch.zeros((), dtype=torch.long)
+    for dim, size in enumerate(sizes):
+        index = kept.get(dim, torch.arange(size)) if dim < inner else kept[inner][::block] // block
+        rows = rows.unsqueeze(-1) * size + index
+    new = tensor.reshape(math.prod(sizes), -1).index_select(0, rows.flatten().to(tensor.device))
+    return new.reshape([len(kept[d]) if d in kept else n for d, n in enumerate(tensor.shape)])
 
 
 def _complement(kept: Tensor, size: int) -> Tensor:
@@ -274,181 +369,19 @@ def _complement(kept: Tensor, size: int) -> Tensor:
     return gone.nonzero().squeeze(1)
 
 
-def prove(operation: _Operation, example_inputs: Any, training: bool = True, tolerance: float | None = None) -> float:
-    """Apply a cut that was seen to be right: it runs, and computes what the zeroed network computes.
-
-    Norms across channels legitimately change by a cut; for the comparison they are replaced, in both networks, by one
-    that zeros do not change, so that a wrong index is seen there too.
-
-    Args:
-        operation: not yet applied; applied on return.
-        example_inputs: what to run on.
-        training: also run the cut network in train mode.
-        tolerance: largest relative difference allowed; by default by dtype.
-
-    Returns:
-        The largest relative difference of any output.
-
-    Raises:
-        UnsafeCut: and then nothing has changed.
-    """
-    model = operation.model
-    try:
-        with undisturbed(model):
-            with operation.trial_values():
-                expected, got = _zeroed_and_cut(operation, example_inputs)
-            if not _finite(expected):  # a constant may have stood for something that has to be positive, say
-                expected, got = _zeroed_and_cut(operation, example_inputs)
-            worst = _compare(expected, got, tolerance)
-            if worst > _ROUNDING and tolerance is None:
-                worst = _in_double(operation, example_inputs, worst)
-            operation.apply()
-        if training:
-            with undisturbed(model):
-                model.train()
-                run(model, example_inputs, 2)
-    except UnsafeCut:
-        operation.undo()
-        raise
-    except Exception as error:
-        operation.undo()
-        raise UnsafeCut(f"the cut model does not run: {type(error).__name__}: {error}") from error
-    except BaseException:
-        operation.undo()
-        raise
-    return worst
-
-
-def _finite(tensors: Sequence[Tensor]) -> bool:
-    return all(bool(torch.isfinite(t).all()) for t in tensors)
-
-
-def _zeroed_and_cut(
-    operation: _Operation, example_inputs: Any, stand_in: bool = True
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs of the network with the removed coordinates at zero, and of the cut one; it is uncut on return."""
-    operation.zero()
-    expected = _outputs(operation.model, example_inputs, stand_in)
-    if not _finite(expected):  # weight normalisation divides by the length of a row that is zero
-        operation.zero(nearly=1e-12)
-        expected = _outputs(operation.model, example_inputs, stand_in)
-    operation.undo()
-    operation.apply()
-    got = _outputs(operation.model, example_inputs, stand_in)
-    operation.undo()
-    return expected, got
-
-
 def difference(model: nn.Module, plan: Plan, example_inputs: Any) -> float:
     """Largest relative difference between a cut network and the same one with the removed coordinates zeroed.
 
-    The model is left as it was. Norms across channels are left as they are, so that the figure is what a user sees.
+    The model is left as it was. Norms across channels, choices and numbers derived from widths are left as they are, so
+    that the figure is what a user sees. Outputs whose shape differs are left out; NaN if there is no other.
     """
-    operation = _Operation(model, plan, _applied.get(model) or Plan())
-    with undisturbed(model):
-        try:
-            with operation.trial_values():
-                expected, got = _zeroed_and_cut(operation, example_inputs, stand_in=False)
-        finally:
-            operation.undo()
-    return _compare(expected, got, float("inf"))
-
-
-def _outputs(model: nn.Module, inputs: Any, stand_in: bool = True) -> list[Tensor]:
-    model.eval()
-    with _ZeroBlindNorms() if stand_in else nullcontext():  # type: ignore[no-untyped-call]
-        return [t for t in output_tensors(run(model, inputs, 1)) if t.is_floating_point()]
-
-
-_ROUNDING = 5e-6  # float32 stayed below 1.1e-6 on ten architectures; what lies above is looked at in double precision
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-
-
-def _compare(expected: Sequence[Tensor], got: Sequence[Tensor], tolerance: float | None) -> float:
-    if [t.shape for t in expected] != [t.shape for t in got]:
-        shapes = [tuple(t.shape) for t in expected], [tuple(t.shape) for t in got]
-        raise UnsafeCut(f"outputs change shape, {shapes[0]} to {shapes[1]}")
-    worst = 0.0
-    for a, b in zip(expected, got, strict=True):
-        if not a.numel():
-            continue
-        largest = float(a.abs().max())
-        distance = float((a - b).abs().max()) / (largest if largest > 0 else 1.0)
-        allowed = _TOLERANCE.get(a.dtype, 1e-4) if tolerance is None else tolerance
-        if not bool(torch.isfinite(a).all()) and tolerance is None:
-            raise UnsafeCut("the network computes NaN or infinity on its example input, so no cut of it can be proved")
-        if not distance <= allowed:
-            raise UnsafeCut(
-                f"the cut model computes something else: relative difference {distance:.2g}, allowed {allowed:.2g}"
-            )
-        worst = max(worst, distance)
-    return worst
-
-
-def _in_double(operation: _Operation, example_inputs: Any, worst: float) -> float:
-    """A difference that may be rounding or a small error, once more in double precision, where only the latter stays.
-
-    Args:
-        operation: not applied.
-        example_inputs: what to run on.
-        worst: the difference in the model's own precision, which is what is left to go by if the model's code does not
-            run in another one.
-
-    Raises:
-        UnsafeCut: if it is no rounding.
-    """
-    model = operation.model
-    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
-    if all(t.dtype == torch.float64 for t in tensors):
-        return worst
-    own = [t.data for t in tensors]
-    try:
-        for tensor in tensors:
-            tensor.data = tensor.data.double()
-        twin = _Operation(model, operation.plan, operation.since)
-        try:
-            with twin.trial_values():
-                expected, got = _zeroed_and_cut(twin, example_inputs)
-        except Exception:  # it holds a dtype in its code
-            return worst
-        finally:
-            twin.undo()
-        return _compare(expected, got, None)
-    finally:
-        for tensor, data in zip(tensors, own, strict=True):
-            tensor.data = data
-
-
-class _ZeroBlindNorms(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Norms across channels, replaced by ones that channels at zero do not change: x / |x|, then scale and shift."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))  # also where it is replaced: its checks belong to the proof
-        name = func._schema.name
-        if name == "aten::native_layer_norm":
-            x, shape, weight, bias, eps = args[:5]
-            y = _by_length(x, list(range(x.ndim - len(shape), x.ndim)), eps)
-            y = y if weight is None else y * weight
-            y = y if bias is None else y + bias
-            return y, x.new_zeros(()), x.new_zeros(())
-        if name == "aten::native_group_norm":
-            x, weight, bias, n, c, _, groups, eps = args
-            y = _by_length(x.reshape(n, groups, -1), [2], eps).reshape(x.shape)
-            wide = (1, c, *[1] * (x.ndim - 2))
-            y = y if weight is None else y * weight.reshape(wide)
-            y = y if bias is None else y + bias.reshape(wide)
-            return y, x.new_zeros(()), x.new_zeros(())
-        return out
-
-
-def _by_length(x: Tensor, dims: list[int], eps: float) -> Tensor:
-    return x * torch.rsqrt(x.square().sum(dims, keepdim=True) + eps)
+    return proof.difference(_Operation(model, plan, _applied.get(model) or Plan()), example_inputs)
 
 
 def settle(
     graph: ChannelGraph, names: Iterable[str] | None = None, keep: Mapping[str, Tensor] | None = None
 ) -> ChannelGraph:
-    """Cut doubtful groups on trial and freeze those that go wrong, found by bisection.
+    """Cut doubtful groups on trial, freeze those that go wrong, and mark those that are inexact; found by bisection.
 
     Args:
         graph: of a model that is as it was when traced.
@@ -460,23 +393,38 @@ def settle(
     """
     doubtful = [g.name for g in graph.groups if g.name in (graph.suspects if names is None else set(names))]
     failed: dict[str, str] = {}
+    inexact: dict[str, str] = {}
 
     def attempt(some: Sequence[str]) -> None:
         if not some:
             return
         trial = {name: (keep or {}).get(name, torch.arange(graph.group(name).size) % 2 == 0) for name in some}
+        reason = ""
         try:
             operation = _Operation(graph.model, graph.plan(trial), Plan())
-            prove(operation, graph.example_inputs, training=graph.has_training_branch)
+            seen = proof.prove(operation, graph.example_inputs, graph.has_training_branch)
             operation.undo()
-        except (UnsafeCut, ValueError) as error:
-            if len(some) == 1:
-                failed[some[0]] = f"a trial cut failed: {str(error).splitlines()[0]}"
+            if not seen.inexact or not any(graph.group(name).exact for name in some):
                 return
+        except (UnsafeCut, ValueError) as error:
+            seen, reason = None, f"a trial cut failed: {str(error).splitlines()[0]}"
+        if len(some) > 1:
             attempt(some[: len(some) // 2])
             attempt(some[len(some) // 2 :])
+        elif seen is None:
+            failed[some[0]] = reason
+        else:
+            inexact[some[0]] = seen.inexact[0]
 
     attempt(doubtful)
+    if inexact:
+        graph = replace(
+            graph,
+            groups=tuple(
+                replace(g, exact=False, inexact_because=inexact[g.name]) if g.name in inexact else g
+                for g in graph.groups
+            ),
+        )
     return graph.without(failed) if failed else graph
 
 
@@ -499,7 +447,7 @@ def conform(model: nn.Module, state_dict: Mapping[str, Any] | Plan, plan: Plan |
         plan, state = state_dict, {name: state_dict.current_shape(name) for name in state_dict.shapes}
     else:
         state = {name: tuple(value.shape) for name, value in state_dict.items() if isinstance(value, Tensor)}
-    tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    tensors = _tensors(model)
     missing = [name for name in tensors if name not in state and not isinstance(state_dict, Plan)]
     missing = [name for name in missing if name in model.state_dict()]
     if missing or not any(name in tensors for name in state):
@@ -524,7 +472,7 @@ def reshape_like(
     Raises:
         IncompatibleCheckpoint: if a tensor has another number of dimensions, or the plan contradicts the shapes.
     """
-    tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    tensors = _tensors(model)
     changed = {n: s for n, s in shapes.items() if n in tensors and tuple(tensors[n].shape) != tuple(s)}
     for name, shape in changed.items():
         now = tuple(tensors[name].shape)
@@ -543,6 +491,10 @@ def reshape_like(
             told = plan.current_shape(name) if name in plan.shapes else now
             raise IncompatibleCheckpoint(f"{name!r} has shape {shape} in the state, but its plan says {told}")
     owners = {name.rpartition(".")[0] for name in changed}
+    modules = dict(model.named_modules())
+    attributes = {} if plan is None else {name: v for name, v in plan.attributes.items() if name in modules}
+    for module in _holders(model, [*attributes, *changed]):
+        _swap(module)  # which reads sizes, so before they change
     with torch.no_grad():
         for name, shape in changed.items():
             tensor = tensors[name]
@@ -551,22 +503,39 @@ def reshape_like(
             new = _select(tensor.detach(), kept) if dense else _resized(tensor.detach(), shape)
             tensor.grad = None
             _exchange(tensor, new)
-    modules = dict(model.named_modules())
     for owner in owners:
         told_from_shape(modules[owner])
+    dense_values = _dense_attributes.setdefault(model, {})
+    for name, values in attributes.items():
+        for key, value in values.items():
+            dense_values.setdefault((name, key), getattr(modules[name], key, None))
+            setattr(modules[name], key, value)
+    _dense_again(model, {name for name, _ in dense_values} - set(attributes))
     if plan is not None:
-        for name, values in plan.attributes.items():
-            if name in modules:
-                for key, value in values.items():
-                    setattr(modules[name], key, value)
         _applied[model] = plan
     return list(changed)
+
+
+def _dense_again(model: nn.Module, names: Iterable[str]) -> None:
+    """Modules all of whose tensors have their first shapes again get their first attributes, and their own class."""
+    largest, now = _shapes_before_any_cut(model), _tensors(model)
+    modules = dict(model.named_modules())
+    for name in names:
+        prefix = f"{name}." if name else ""
+        if any(tuple(now[n].shape) != largest[n] for n in now if n.startswith(prefix)):
+            continue
+        for (owner, key), value in _dense_attributes[model].items():
+            if owner == name and value is not None:
+                setattr(modules[name], key, value)
+        if modules[name] in _stand_ins:
+            restore(modules[name])
+            _stand_ins.discard(modules[name])
 
 
 def _shapes_before_any_cut(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Shapes of a model's tensors as they were when it was seen first."""
     if model not in _largest:
-        _largest[model] = {n: tuple(t.shape) for n, t in [*model.named_parameters(), *model.named_buffers()]}
+        _largest[model] = {name: tuple(t.shape) for name, t in _tensors(model).items()}
     return _largest[model]
 
 

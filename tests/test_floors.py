@@ -17,7 +17,7 @@ METHODS, LIGHTNING = 4, 3
 FLOORS = {
     0: ("errors", "decision", "schedule", "budget", "ranking"),
     1: ("graph", "cost", "report", "ignore"),
-    2: ("statistics", "masks", "surgery", "optimizers", "latency"),
+    2: ("statistics", "masks", "surgery", "proof", "replay", "absorb", "optimizers", "latency"),
     LIGHTNING: ("pruner", "checkpoint", "figures", "batches", "channel_pruner", "weight_pruner"),
     METHODS: ("methods",),
     5: ("commands", "cli", "planning", "__init__", "__main__"),

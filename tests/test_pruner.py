@@ -894,13 +894,16 @@ def test_masks_hold_against_an_optimizer_that_adds_noise(fit, tiny_net):
 def scaled_by_width(tiny_net, also_hidden=False):
     """TinyNet whose code multiplies with the width of its inner convolution: no trace sees it, a first cut shows it."""
 
+    def width(x):
+        return torch.arange(1.0, 20.0)[int(x.shape[1])]  # a number that forgot what it was read from
+
     class Scaled(tiny_net):
         def forward(self, x):
             x = F.relu(self.norm0(self.stem(x)))
             inner = F.relu(self.norm1(self.conv1(x)))
-            x = F.relu(x + self.norm2(self.conv2(inner * inner.shape[1])))
-            hidden = F.relu(self.hidden(x.mean((2, 3)) * (x.shape[1] if also_hidden else 1)))
-            return self.fc(hidden * (hidden.shape[1] if also_hidden else 1))
+            x = F.relu(x + self.norm2(self.conv2(inner * width(inner))))
+            hidden = F.relu(self.hidden(x.mean((2, 3)) * (width(x) if also_hidden else 1)))
+            return self.fc(hidden * (width(hidden) if also_hidden else 1))
 
     return Scaled()
 

@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 
 from lightning_prune.decision import Plan
 from lightning_prune.errors import IncompatibleCheckpoint, UnsafeCut
-from lightning_prune.surgery import applied, conform, cut, difference, trace
+from lightning_prune.surgery import _select, applied, conform, cut, difference, settle, trace
 
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -490,23 +491,152 @@ def test_costs_before_a_second_cut_are_those_after_the_first():
     assert (second.before.flops, second.before.params) == (first.after.flops, first.after.params)
 
 
-def test_an_error_too_small_for_single_precision_is_told_from_rounding_in_double():
-    # the last bias is 300 times what the other layers give, so that a wrong scale moves the output by less than 1e-4
-    class Scaled(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)
-
-        def forward(self, x):
-            y = self.a(x).relu()
-            return self.b(y / y.shape[1])
-
+def test_an_error_too_small_for_single_precision_is_told_from_rounding_in_double(net):
+    # the last bias is so large beside what the other layers give that a wrong column moves the output by less than 1e-4
     torch.manual_seed(0)
-    model = Scaled()
+    model = net(lambda n, x: n.b(n.a(x).relu()), a=nn.Conv2d(3, 8, 1), b=nn.Conv2d(8, 2, 1))
     with torch.no_grad():
         model.b.bias.copy_(torch.tensor([1000.0, 900.0]))
-    graph = trace(model, torch.randn(1, 3, 4, 4))
+    plan = trace(model, torch.randn(1, 3, 4, 4)).plan({"a": torch.arange(8) < 4})
+    wrong = Plan(kept={**plan.kept, "b.weight": {1: torch.tensor([0, 1, 2, 4])}}, shapes=plan.shapes)
     before = [p.detach().clone() for p in model.parameters()]
-    with pytest.raises(UnsafeCut, match="allowed 1e-09"):
-        cut(model, graph.plan({"a": torch.arange(8) < 4}))
+    with pytest.raises(UnsafeCut, match=r"relative difference .*e-05, allowed 1e-09"):
+        cut(model, wrong)
     assert all(torch.equal(p, q) and p.dtype == torch.float32 for p, q in zip(model.parameters(), before, strict=True))
+    cut(model, plan)
+
+
+# what the code does with sizes
+
+
+def scaled(net):
+    torch.manual_seed(0)
+    layers = {name: nn.Conv2d(3 if name == "a" else 8, 8, 1) for name in "abcd"}
+    return net(lambda n, x: n.e(n.d(n.c(n.b(n.a(x)) / n.b.weight.shape[0]))), **layers, e=nn.Conv2d(8, 2, 1))
+
+
+def called_exact(graph):
+    """The graph, had the trace not seen that a size is computed with."""
+    return replace(graph, groups=tuple(replace(g, exact=True, inexact_because="") for g in graph.groups))
+
+
+def test_a_cut_that_changes_a_number_the_code_computes_with_is_warned_of_unless_the_graph_said_so(net):
+    model = scaled(net)
+    graph = called_exact(trace(model, IMAGES))
+    plan = graph.plan({"b": torch.arange(8) < 4})
+    said = replace(graph, groups=tuple(replace(g, exact=g.name != "b") for g in graph.groups))
+    cut(copy.deepcopy(model), plan, example_inputs=IMAGES, graph=said)
+    cut(copy.deepcopy(model), graph.plan({"c": torch.arange(8) < 4}), example_inputs=IMAGES, graph=graph)
+    with pytest.warns(UserWarning, match="'div' computes with 4, and with 8 before"):
+        cut(model, plan, graph=graph)
+    assert model.b.out_channels == 4
+
+
+def test_settling_marks_the_one_group_whose_size_is_computed_with(net):
+    graph = called_exact(trace(scaled(net), IMAGES))
+    settled = settle(graph, "abcd")
+    assert [(g.name, g.exact) for g in settled.groups] == [("a", True), ("b", False), ("c", True), ("d", True)]
+    assert "'div' computes with 4, and with 8 before" in settled.group("b").inexact_because
+
+
+# heads of attention
+
+
+TOKENS = torch.randn(1, 5, 8, generator=torch.Generator().manual_seed(0))
+
+
+def attention(net):
+    """Four heads two wide."""
+    torch.manual_seed(0)
+    return net(lambda n, x: n.attn(x, x, x)[0], attn=nn.MultiheadAttention(8, 4, batch_first=True))
+
+
+def without_head(*heads):
+    gone = [2 * h + i for h in heads for i in range(2)]
+    kept = torch.tensor([i for i in range(8) if i not in gone])
+    rows = torch.cat([kept, kept + 8, kept + 16])
+    return Plan(
+        kept={"attn.in_proj_weight": {0: rows}, "attn.in_proj_bias": {0: rows}, "attn.out_proj.weight": {1: kept}},
+        shapes={"attn.in_proj_weight": (24, 8), "attn.in_proj_bias": (24,), "attn.out_proj.weight": (8, 8)},
+        attributes={"attn": {"num_heads": 4 - len(heads)}, "attn.out_proj": {"in_features": 8 - len(gone)}},
+    )
+
+
+def test_heads_go_by_a_stand_in_which_computes_what_the_module_does_with_them_at_zero(net):
+    model = attention(net)
+    dense = copy.deepcopy(model)
+    with torch.no_grad():
+        dense.attn.out_proj.weight[:, 2:4] = 0
+    cut(model, without_head(1), example_inputs=TOKENS)
+    assert (model.attn.num_heads, model.attn.out_proj.in_features) == (3, 6)
+    assert model.attn.in_proj_weight.shape == (18, 8)
+    torch.testing.assert_close(model(TOKENS), dense(TOKENS))
+    before = model(TOKENS)
+    cut(model, without_head(1, 3), example_inputs=TOKENS, verify="always")  # a stand-in already
+    assert (model.attn.num_heads, model(TOKENS).shape) == (2, before.shape)
+
+
+def test_a_refused_cut_of_heads_leaves_the_module_of_its_own_class(net):
+    model = attention(net)
+    before = state_of(model), set(vars(model.attn))
+    right = without_head(1)
+    wrong = Plan(
+        kept={**right.kept, "attn.out_proj.weight": {1: torch.tensor([0, 1, 2, 3, 4, 5])}},
+        shapes=right.shapes, attributes=right.attributes,
+    )  # fmt: skip
+    with pytest.raises(UnsafeCut, match="computes something else"):
+        cut(model, wrong, example_inputs=TOKENS)
+    assert type(model.attn) is nn.MultiheadAttention
+    assert same(before[0], state_of(model))
+    assert before[1] == set(vars(model.attn))
+
+
+def test_an_attribute_that_came_with_a_refused_cut_is_gone_with_it():
+    model = make()
+    plan = trace(model, IMAGES).plan(FIRST)
+    kept = {name: dims for name, dims in plan.kept.items() if name != "6.weight"}
+    attributes = {**plan.attributes, "2": {"width": 4}}
+    with pytest.raises(UnsafeCut):
+        cut(model, Plan(kept=kept, buffers=plan.buffers, shapes=plan.shapes, attributes=attributes))
+    assert not hasattr(model[2], "width")
+
+
+def test_a_dense_attention_takes_the_heads_of_a_plan_and_grows_back(net):
+    small, model = attention(net), attention(net)
+    dense, names = copy.deepcopy(model), set(vars(model.attn))
+    cut(small, without_head(1), example_inputs=TOKENS)
+    conform(model, small.state_dict(), applied(small))
+    model.load_state_dict(small.state_dict())
+    torch.testing.assert_close(model(TOKENS), small(TOKENS), rtol=0, atol=0)
+    for grown in (model, small):
+        conform(grown, dense.state_dict())
+        grown.load_state_dict(dense.state_dict())
+        assert type(grown.attn) is nn.MultiheadAttention
+        assert (grown.attn.num_heads, set(vars(grown.attn))) == (4, names)
+        torch.testing.assert_close(grown(TOKENS), dense(TOKENS), rtol=0, atol=0)
+
+
+def test_attributes_of_a_module_that_is_not_there_are_refused_before_any_change():
+    model = make()
+    before = state_of(model)
+    with pytest.raises(ValueError, match="the plan names attributes of 'layer9', which Sequential does not have"):
+        cut(model, Plan(attributes={"layer9": {"width": 3}}), verify="never")
+    assert same(before, state_of(model))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_slices_are_those_of_one_index_after_the_other_in_any_layout(seed):
+    random = torch.Generator().manual_seed(seed)
+    for ndim in (1, 2, 3, 4):
+        shape = [(1, 2, 6, 12)[i] for i in torch.randint(4, (ndim,), generator=random).tolist()]
+        tensor = torch.randn(shape, generator=random)
+        for layout in (tensor, tensor.transpose(0, -1), tensor.flip(0)):
+            kept, expected = {}, layout
+            for dim, size in enumerate(layout.shape):
+                block = 3 if size % 3 == 0 and seed % 2 else 1  # whole blocks of three, or anything
+                chosen = torch.rand(size // block, generator=random) < 0.6
+                chosen[int(torch.randint(size // block, (), generator=random))] = True
+                if dim % 2 == seed % 3 % 2 or ndim == 1:
+                    kept[dim] = chosen.repeat_interleave(block).nonzero().squeeze(1)
+                    expected = expected.index_select(dim, kept[dim])
+            assert torch.equal(_select(layout, kept), expected)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 
 from lightning_prune.cost import Cost, CostModel
 from lightning_prune.decision import Plan
-from lightning_prune.graph.labels import Dim, Ids, full
+from lightning_prune.graph.labels import Dim, Ids, full, ids_of, is_tracked
+from lightning_prune.graph.sizes import Attribute, Read, describe, evaluate, leaves
 from lightning_prune.graph.trace import LayerRecord, Records, Slot, record
 
 
@@ -111,11 +113,23 @@ class Group:
 
 @dataclass(frozen=True)
 class Resized:
-    """A module attribute that has to follow: its value is ``base + per_group @ kept``, in units of ``divisor``."""
+    """An attribute of a module that has to follow: its value is ``factor`` times a size of the cost model.
+
+    Attributes:
+        module: path.
+        attribute: name.
+        index: of the size, in `CostModel`.
+        factor: what the size is multiplied by.
+        position: which entry of it, where it is a tuple or list; ``whole`` then holds all of them.
+        whole: the attribute when traced, if it has entries.
+    """
 
     module: str
     attribute: str
-    index: int  # into CostModel sizes
+    index: int
+    factor: int = 1
+    position: int | None = None
+    whole: tuple[int, ...] = ()
 
 
 @dataclass
@@ -205,9 +219,14 @@ class ChannelGraph:
         out: dict[str, dict[str, int | tuple[int, ...]]] = {}
         for entry in self.resized:
             if before[entry.index] != after[entry.index]:
-                size = int(after[entry.index])
-                tupled = entry.attribute == "normalized_shape"
-                out.setdefault(entry.module, {})[entry.attribute] = (size,) if tupled else size
+                size = entry.factor * int(after[entry.index])
+                values = out.setdefault(entry.module, {})
+                if entry.position is None:
+                    values[entry.attribute] = (size,) if entry.attribute == "normalized_shape" else size
+                else:
+                    earlier = values.get(entry.attribute, entry.whole)
+                    assert isinstance(earlier, tuple)
+                    values[entry.attribute] = (*earlier[: entry.position], size, *earlier[entry.position + 1 :])
         return out
 
     def counts(self, plan: Plan) -> NDArray[np.int64]:
@@ -249,6 +268,7 @@ class ChannelGraph:
             costs.param_coefficients,
             costs.param_sizes,
             costs.labels,
+            costs.rounded,
         )
         return ChannelGraph(
             self.model,
@@ -266,8 +286,7 @@ class ChannelGraph:
 
     def weight_flops(self) -> dict[str, int]:
         """Flops that each weight's layers cost, for one sample."""
-        sizes = self.costs.base + self.costs.per_group @ self.costs.dense
-        flops = self.costs.flop_coefficients * sizes[self.costs.flop_sizes].prod(axis=1)
+        flops = self.costs.flop_terms(self.costs.dense)
         out = dict.fromkeys(self.weights, 0)
         for name, n in zip(self.weight_terms, flops.tolist(), strict=True):
             if name in out:
@@ -364,6 +383,12 @@ def build(model: nn.Module, example_inputs: Any, records: Records) -> ChannelGra
 
     index = _Index(records, component, slot_of, free)
     names, unit_group, unit_place, unit_components = _grouped_units(index, records)
+    while broken := _broken(records, component, unit_group, unit_components):
+        for g, why in broken.items():
+            free[unit_components[g]] = False
+            reasons.update(dict.fromkeys(unit_components[g].tolist(), why))
+        names, unit_group, unit_place, unit_components = _grouped_units(index, records)
+    _follow_scalars(records)
     groups, suspects = _groups(index, records, names, unit_group, unit_place, unit_components)
     costs, resized = _costs(model, records, component, unit_group, len(groups), unit_components)
     return ChannelGraph(
@@ -416,6 +441,70 @@ def _reasons(records: Records, component: Ids, count: int) -> dict[int, str]:
             for c in np.unique(component[slot.offset : slot.offset + slot.size]).tolist():
                 reasons.setdefault(c, f"the example input did not reach '{slot.name}'")
     return reasons
+
+
+def _held(records: Records) -> dict[Attribute, Dim]:
+    """Attributes of modules that size a dimension -> that dimension, preferably one that can shrink."""
+    held: dict[Attribute, Dim] = {}
+    for equation in records.equations:
+        form = equation.form
+        if isinstance(form, Attribute) and (form not in held or not is_tracked(held[form])):
+            held[form] = equation.dim
+    return held
+
+
+def _broken(
+    records: Records, component: Ids, unit_group: NDArray[np.int64], components: Sequence[NDArray[np.int64]]
+) -> dict[int, str]:
+    """Groups that would break an equation between a size in the model's code and what it sizes -> the reason."""
+    held = _held(records)
+    rows: dict[int, dict[int, int]] = {}
+    keep_alive: list[Ids] = []
+
+    def row(ids: Ids) -> dict[int, int]:
+        """Group -> how many of these labels are of each of its channels."""
+        if id(ids) not in rows:
+            keep_alive.append(ids)
+            groups, counts = np.unique(unit_group[component[ids[ids >= 0]]], return_counts=True)
+            rows[id(ids)] = {
+                int(g): int(n) // len(components[g]) for g, n in zip(groups, counts, strict=True) if g >= 0
+            }
+        return rows[id(ids)]
+
+    def size(dim: Dim, gone: Mapping[int, int]) -> int:
+        total = 1
+        for n, ids in dim:
+            total *= n if ids is None else n - sum(per * gone.get(g, 0) for g, per in row(ids).items())
+        return total
+
+    def value(attribute: Attribute, gone: Mapping[int, int]) -> int:
+        return size(held[attribute], gone) if attribute in held else attribute.value
+
+    def touched(dim: Dim) -> set[int]:
+        return {g for _, ids in dim if ids is not None for g in row(ids)}
+
+    broken: dict[int, str] = {}
+    for equation in records.equations:
+        dims = [equation.dim]
+        for leaf in leaves(equation.form):
+            dims.append(leaf.dim if isinstance(leaf, Read) else held.get(leaf, ()))
+        for g in sorted(set().union(*map(touched, dims)) - set(broken)):
+            for fewer in {1, len(components[g]) // 2}:
+                gone = {g: fewer}
+                said = evaluate(equation.form, partial(size, gone=gone), partial(value, gone=gone))
+                if said != size(equation.dim, gone):
+                    broken[g] = f"{describe(equation.form)} has to stay as wide as it is{equation.where}"
+                    break
+    return broken
+
+
+def _follow_scalars(records: Records) -> None:
+    """What a model computes with a size of its channels is inexact: it changes with their number."""
+    held = _held(records)
+    for form, why in records.scalars:
+        for leaf in leaves(form):
+            dim = leaf.dim if isinstance(leaf, Read) else held.get(leaf, ())
+            records.inexact += [(ids[ids >= 0], why) for ids in ids_of(dim)]
 
 
 class _Index:
@@ -477,9 +566,12 @@ def _grouped_units(
 def _arrays(records: Records) -> Iterable[Ids]:
     for term in records.terms:
         for dim in term.dims:
-            for _, ids in dim:
-                if ids is not None:
-                    yield ids
+            yield from ids_of(dim)
+    for equation in records.equations:
+        yield from ids_of(equation.dim)
+        for leaf in leaves(equation.form):
+            if isinstance(leaf, Read):
+                yield from ids_of(leaf.dim)
 
 
 def _groups(
@@ -605,6 +697,8 @@ def _members(
 ) -> list[list[Member]]:
     members: list[list[Member]] = [[] for _ in components]
     for slot in index.slots:
+        if slot.is_virtual:
+            continue
         ids = np.arange(slot.offset, slot.offset + slot.size)
         for g, positions in _split_by_group(index, unit_group, ids):
             table = _table(index.component[ids[positions]], positions, unit_place, len(components[g]))
@@ -772,6 +866,7 @@ def _costs(
             param_coefficients,
             param_sizes,
             labels,
+            np.array([t.rounded for t in records.terms], dtype=bool),
         ),
         resized,
     )
@@ -809,6 +904,15 @@ def _resized(model: nn.Module, records: Records, size: Any) -> list[Resized]:
             if slot is not None and value == slot.size and (owner, attribute) not in out:
                 ids = np.arange(slot.offset, slot.offset + slot.size)
                 out[owner, attribute] = Resized(owner, attribute, size(ids))
+    for entry, sized in _held(records).items():
+        labels = ids_of(sized)
+        if len(labels) == 1:
+            value = getattr(modules.get(entry.module), entry.name, None)
+            whole = tuple(value) if entry.position is not None and isinstance(value, (tuple, list)) else ()
+            factor = int(np.prod([n for n, ids in sized if ids is None], dtype=np.int64))
+            out[entry.module, f"{entry.name}[{entry.position}]"] = Resized(
+                entry.module, entry.name, size(labels[0]), factor, entry.position, whole
+            )
     return list(out.values())
 
 

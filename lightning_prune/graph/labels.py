@@ -9,7 +9,7 @@ nothing to remove from them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -95,26 +95,39 @@ class Unsplittable(Exception):
     """A view cuts a dimension in a way that no product of factors describes."""
 
 
-def reshape(dims: Sequence[Dim], shape: Sequence[int]) -> tuple[list[Dim], list[tuple[int, Ids]]]:
+Chooser: TypeAlias = "Callable[[Ids, list[tuple[int, int]]], int]"
+
+
+def innermost(ids: Ids, parts: Sequence[tuple[int, int]]) -> int:
+    """A `Chooser`: the last part keeps the labels, as the same index of every equal part."""
+    return len(parts) - 1
+
+
+def reshape(
+    dims: Sequence[Dim], shape: Sequence[int], choose: Chooser = innermost
+) -> tuple[list[Dim], list[tuple[Ids, int]]]:
     """Lay the factors of a tensor out anew.
 
-    A tracked factor that is split into equal parts keeps its labels on the inner part: the same index of every part
-    is one channel from then on, because whatever code made the split divides the size evenly again after a cut.
+    A tracked factor that is split into parts, (heads, width) say, keeps its labels on one of them: whole heads go, or
+    the same index of every head, because whatever code made the split lays the rest out evenly again after a cut.
 
     Args:
         dims: dimensions of the tensor before the view.
         shape: its shape after the view.
+        choose: which part keeps the labels, from the labels and, per part, the dimension after the view it lies in and
+            its size.
 
     Returns:
-        The dimensions after the view, and for every split the number of parts with the labels that were split.
+        The dimensions after the view, and for every split the labels as a grid of its parts with the axis that keeps
+        them.
 
     Raises:
         Unsplittable: if a factor does not divide evenly, or the factors do not align with the shape.
     """
     queue: list[Factor] = [factor for dim in dims for factor in dim][::-1]
     out: list[Dim] = []
-    splits: list[tuple[int, Ids]] = []
-    for size in shape:
+    splits: list[tuple[Ids, int]] = []
+    for at, size in enumerate(shape):
         taken: list[Factor] = []
         need = size
         while need > 1:
@@ -124,20 +137,44 @@ def reshape(dims: Sequence[Dim], shape: Sequence[int]) -> tuple[list[Dim], list[
             if need % n == 0:
                 taken.append((n, ids))
                 need //= n
-            elif n % need == 0:
-                inner = n // need
-                if ids is None:
-                    queue.append((inner, None))
-                else:
-                    splits.append((need, ids))
-                    queue.append((inner, ids[:inner]))
+            elif ids is None and n % need == 0:
+                queue.append((n // need, None))
                 taken.append((need, None))
                 need = 1
             elif ids is None and queue and queue[-1][1] is None:
                 queue.append((n * queue.pop()[0], None))
-            else:
+            elif ids is None:
                 raise Unsplittable
+            else:
+                parts = _parts(n, need, at, shape)
+                grid = ids.reshape([p for _, p in parts])
+                axis = choose(ids, parts)
+                splits.append((grid, axis))
+                kept = np.moveaxis(grid, axis, 0).reshape(grid.shape[axis], -1)[:, 0].copy()
+                queue.extend((p, kept if i == axis else None) for i, (_, p) in reversed(list(enumerate(parts))))
         out.append(merge([tuple(taken)]))
     if any(n > 1 for n, _ in queue):
         raise Unsplittable
     return out, splits
+
+
+def _parts(n: int, need: int, at: int, shape: Sequence[int]) -> list[tuple[int, int]]:
+    """How a factor of size ``n`` falls on dimension ``at``, of which ``need`` is open, and on those after it."""
+    parts: list[tuple[int, int]] = []
+    while n > 1:
+        if n % need == 0:
+            parts.append((at, need))
+            n //= need
+        elif need % n == 0:
+            parts.append((at, n))
+            n = 1
+        else:
+            raise Unsplittable
+        at += 1
+        while n > 1 and at < len(shape) and shape[at] == 1:
+            at += 1
+        if n > 1:
+            if at >= len(shape):
+                raise Unsplittable
+            need = shape[at]
+    return parts

@@ -16,10 +16,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
 from lightning_prune.graph.labels import (
+    Chooser,
     Dim,
     Ids,
     Unsplittable,
     full,
+    ids_of,
+    innermost,
     is_tracked,
     merge,
     reshape,
@@ -27,10 +30,12 @@ from lightning_prune.graph.labels import (
     tracked,
     untracked,
 )
-from lightning_prune.graph.trace import LayerRecord, Tracer
+from lightning_prune.graph.sizes import Attribute, Read, leaves
+from lightning_prune.graph.trace import Equation, LayerRecord, Tracer
 
 Rule = Callable[..., None]
 RULES: dict[str, Rule] = {}
+FUNCTIONS: dict[str, Rule] = {}  # functions of torch that are followed as a whole, whatever operators they run
 
 # Functions of torch itself that derive every size they use from the tensors they get.
 _SIZES_FROM_TENSORS = frozenset(
@@ -141,7 +146,14 @@ def _like(t: Tracer, name: str, out: Any, self: Tensor, *args: Any, **kwargs: An
     "_assert_async", "_assert_tensor_metadata", "lift",
 )  # fmt: skip
 def _no_labels(t: Tracer, name: str, out: Any, *args: Any, **kwargs: Any) -> None:
-    """Sizes and values that are not a parameter's: they carry no labels, and freeze what they meet."""
+    """Sizes and values that are not a parameter's: they carry no labels, and freeze what they meet.
+
+    Unless they were made with a size that the model's code read from a tensor, or from an attribute.
+    """
+    if isinstance(out, Tensor):
+        sizes = t.call.sizes(out.ndim)
+        if sizes is not None and any(t.form(n) is not None for n in sizes):
+            t.set(out, [t.made(n) if t.form(n) is not None else untracked(int(n)) for n in sizes])
 
 
 @rule("copy")
@@ -318,8 +330,13 @@ def _attention(t: Tracer, name: str, out: Any, q: Tensor, k: Tensor, v: Tensor, 
     why = "it is the width of an attention head, which the softmax scale is derived from"
     t.freeze([qi.dims[-1], ki.dims[-1]], why)
     t.freeze([vi.dims[-1]], "it is the width of an attention head, which torch lays out by the query's")
-    lead = [t.same(x, y, "attention") if x and y else x or y for x, y in zip(qi.dims[:-2], ki.dims[:-2], strict=True)]
-    lead = [t.same(x, y, "attention") if x and y else x or y for x, y in zip(lead, vi.dims[:-2], strict=True)]
+    lead = list(qi.dims[:-2])
+    for other in (k, v):
+        theirs = t.info(other).dims[:-2]
+        if q.ndim > 3 and q.shape[-3] != other.shape[-3]:  # several query heads share one of these
+            shared = merge([theirs[-1], untracked(q.shape[-3] // other.shape[-3])])
+            theirs = [*theirs[:-1], shared]
+        lead = [t.same(x, y, "attention") if x and y else x or y for x, y in zip(lead, theirs, strict=True)]
     t.flops("attention", 1, [*lead, qi.dims[-2], ki.dims[-2], qi.dims[-1]])
     t.flops("attention", 1, [*lead, qi.dims[-2], ki.dims[-2], vi.dims[-1]])
     dims = [*lead, qi.dims[-2], vi.dims[-1]]
@@ -373,7 +390,15 @@ def _layer_norm(t: Tracer, name: str, out: Any, x: Tensor, shape: Sequence[int],
             at = len(dims) - len(shape) + i
             dims[at] = t.same(dims[at], dim, "a layer norm") if dims[at] else dim
     t.inexact(dims[len(dims) - len(shape) :], "a norm runs across it")
-    t.suspect(dims[len(dims) - len(shape) :])
+    said = t.call.args[1] if len(t.call.args) > 1 else t.call.kwargs.get("normalized_shape")
+    held = getattr(t.modules.get(t.module), "normalized_shape", None)
+    for i, dim in enumerate(dims[len(dims) - len(shape) :]):
+        if isinstance(held, (tuple, list)) and tuple(held) == tuple(shape):
+            t.records.equations.append(Equation(dim, Attribute(t.module, "normalized_shape", i, shape[i]), ""))
+        elif isinstance(said, (tuple, list)) and len(said) == len(shape):
+            t.claim(dim, said[i])
+        else:
+            t.suspect([dim])
     if name == "native_layer_norm":
         t.flops("layer_norm", 5 if weight is not None else 4, _numel(t, x))
     ids = _only(dims[-1])
@@ -397,7 +422,6 @@ def _group_norm(t: Tracer, name: str, out: Any, x: Tensor, weight: Tensor | None
         if groups > 1:
             t.couple(ids, groups)
         t.inexact([channels], "a norm runs across it")
-        t.suspect([channels])
     else:
         t.freeze([channels], "its group norm has one channel a group, as many as the module says")
     t.flops(
@@ -451,18 +475,26 @@ def _grid_sampler(t: Tracer, name: str, out: Tensor, x: Tensor, grid: Tensor, *a
 @rule("constant_pad_nd")
 def _pad(t: Tracer, name: str, out: Tensor, x: Tensor, pad: Sequence[int], *args: Any) -> None:
     dims = list(t.info(x).dims)
+    said = t.call.args[1] if t.call.name == "pad" and len(t.call.args) > 1 else pad
     for i in range(len(pad) // 2):
         before, after = pad[2 * i], pad[2 * i + 1]
         at = x.ndim - 1 - i
         if before or after:
-            t.freeze([dims[at]], f"it is padded by ({before}, {after}) channels, a number in the model's code")
             ids = full(dims[at])
-            if is_tracked(dims[at]) and ids is not None and before >= 0 and after >= 0:
-                lone = np.full(1, -1, dtype=np.int64)
-                dims[at] = tracked(np.concatenate([lone.repeat(before), ids, lone.repeat(after)]))
+            if is_tracked(dims[at]) and (ids is None or before < 0 or after < 0):
+                t.freeze([dims[at]], f"it is padded by ({before}, {after}) channels")
+            elif is_tracked(dims[at]) and ids is not None:  # the padding stays as wide: what meets it is frozen there
+                first, last = _padding(t, said[2 * i]), _padding(t, said[2 * i + 1])
+                dims[at] = tracked(np.concatenate([first, ids, last]))
             else:
                 dims[at] = untracked(out.shape[at])
     t.set(out, dims)
+
+
+def _padding(t: Tracer, count: Any) -> Ids:
+    """Labels of padded channels: none where their number is a mere number, else those of what it was read from."""
+    labels = full(t.made(count)) if t.form(count) is not None else None
+    return np.full(int(count), -1, dtype=np.int64) if labels is None else labels
 
 
 @rule("pixel_shuffle")
@@ -505,18 +537,49 @@ def _view(t: Tracer, name: str, out: Tensor, x: Tensor, *args: Any, **kwargs: An
         return
     if not any(is_tracked(d) for d in info.dims):
         return
+    sizes = t.call.sizes(out.ndim)
     try:
-        dims, splits = reshape(_numel(t, x), out.shape)
+        dims, splits = reshape(_numel(t, x), out.shape, _chooser(t, sizes, out.shape))
     except Unsplittable:
         t.freeze(info.dims, f"a view from {tuple(x.shape)} to {tuple(out.shape)} does not divide it evenly")
         return
-    for parts, ids in splits:
-        t.couple(ids, parts)
-        t.suspect([((len(ids), ids),)])
-    if t.call.name not in _SIZES_FROM_TENSORS:
-        literal = set(t.call.literal_sizes)
-        t.suspect([d for d, n in zip(dims, out.shape, strict=True) if n in literal or not literal])
+    for grid, axis in splits:
+        t.couple_grid(grid, axis)
+    if sizes is not None:
+        for dim, n in zip(dims, sizes, strict=True):
+            if n is not None and n != -1:
+                t.claim(dim, n)
+    elif t.call.name not in _SIZES_FROM_TENSORS:
+        t.suspect(dims)
     t.set(out, dims, info.source if _drops_only_ones(x, out) else None)
+
+
+def _chooser(t: Tracer, sizes: Sequence[Any] | None, shape: Sequence[int]) -> Chooser:
+    """Which part of a split dimension is to shrink: what the numbers in the model's code leave open.
+
+    Whole heads, where one of the sizes is an attribute named for heads; else the part whose size is derived from the
+    very dimension that is split, or left open (-1); else the innermost.
+    """
+
+    def choose(ids: Ids, parts: list[tuple[int, int]]) -> int:
+        if sizes is None:
+            return innermost(ids, parts)
+        said = [sizes[at] if p == shape[at] else None for at, p in parts]
+        forms = [t.form(n) for n in said]
+        heads = [i for i, f in enumerate(forms) if isinstance(f, Attribute) and "head" in f.name and "dim" not in f.name
+                 and "size" not in f.name]  # fmt: skip
+        own = [i for i, f in enumerate(forms) if f is not None and any(
+            isinstance(leaf, Read) and _shares(leaf.dim, ids) for leaf in leaves(f))]  # fmt: skip
+        left_open = [i for i, n in enumerate(said) if n == -1]
+        return (heads or own or left_open or [innermost(ids, parts)])[0]
+
+    return choose
+
+
+def _shares(dim: Dim, ids: Ids) -> bool:
+    """Whether a dimension carries any of these labels."""
+    known = ids[ids >= 0]
+    return any(len(np.intersect1d(own, known)) > 0 for own in ids_of(dim))
 
 
 def _drops_only_ones(x: Tensor, out: Tensor) -> bool:
@@ -555,13 +618,20 @@ def _squeeze(t: Tracer, name: str, out: Tensor, x: Tensor, dim: Any = None) -> N
 @rule("expand", "broadcast_to")
 def _expand(t: Tracer, name: str, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> None:
     dims = broadcast(t, name, [x], out.ndim)
-    t.set(out, [d if d else untracked(n) for d, n in zip(dims, out.shape, strict=True)])
+    sizes = t.call.sizes(out.ndim) or [None] * out.ndim
+    made = [untracked(n) if t.form(said) is None else t.made(said) for n, said in zip(out.shape, sizes, strict=True)]
+    for dim, said in zip(dims, sizes, strict=True):
+        if is_tracked(dim) and said is not None and said != -1:
+            t.claim(dim, said)
+    t.set(out, [d if d else new for d, new in zip(dims, made, strict=True)])
 
 
 @rule("repeat")
 def _repeat(t: Tracer, name: str, out: Tensor, x: Tensor, repeats: Sequence[int]) -> None:
     dims = [()] * (out.ndim - x.ndim) + list(t.info(x).dims)
-    t.set(out, [merge([untracked(r), d]) for r, d in zip(repeats, dims, strict=True)])
+    said = t.call.sizes(out.ndim) or repeats
+    outer = [t.made(n) if t.form(n) is not None else untracked(r) for n, r in zip(said, repeats, strict=True)]
+    t.set(out, [merge([r, d]) for r, d in zip(outer, dims, strict=True)])
 
 
 @rule("slice", "select", "narrow")
@@ -578,16 +648,56 @@ def _slice(t: Tracer, name: str, out: Tensor, x: Tensor, dim: int = 0, *args: An
         t.set(out, dims, info.source, info.param)
         return
     if is_tracked(dims[dim]):
-        t.freeze([dims[dim]], "it is sliced at a number in the model's code")
         ids = full(dims[dim])
         start = (args[0] if args and args[0] is not None else 0) if name == "slice" else args[0]
         step = args[2] if name == "slice" and len(args) > 2 else 1
         start = start + x.shape[dim] if start < 0 else start
         stop = start + step * out.shape[dim]
+        if ids is None or step != 1 or not _sliced_at_sizes(t, x, dim, ids, start, stop):
+            t.freeze([dims[dim]], "it is sliced at a number in the model's code")
         dims[dim] = untracked(out.shape[dim]) if ids is None else tracked(ids[start:stop:step])
     else:
         dims[dim] = untracked(out.shape[dim])
     t.set(out, dims)
+
+
+def _sliced_at_sizes(t: Tracer, x: Tensor, dim: int, ids: Ids, start: int, stop: int) -> bool:
+    """Whether both ends of a slice are sizes that can be followed; they are then noted to hold."""
+    at = _slice_of(t, x, dim)
+    if at is None:
+        return False
+    ends = []
+    for value, end, default in ((at.start, start, 0), (at.stop, stop, x.shape[dim])):
+        if end == default and (value is None or value == default or value >= x.shape[dim]):
+            continue
+        if t.form(value) is None or value < 0:
+            return False
+        ends.append((end, value))
+    parts = [x.shape[dim] // n for n in (stop - start,) if n and x.shape[dim] % n == 0 and start % n == 0]
+    if parts and any(not isinstance(t.form(value), Attribute) for _, value in ends):
+        t.couple(ids, parts[0])  # halves, thirds: derived from the whole, so equal after a cut
+    for end, value in ends:
+        t.claim(tracked(ids[:end]), value)
+    return True
+
+
+def _slice_of(t: Tracer, x: Tensor, dim: int) -> slice | None:
+    """The slice over a dimension, as the model's code wrote it."""
+    if t.call.name == "narrow":
+        _, _, start, length = (*t.call.args, *t.call.kwargs.values())
+        return slice(start, start + length)
+    if t.call.name != "__getitem__":
+        return None
+    index = t.call.args[1]
+    index = index if isinstance(index, tuple) else (index,)
+    if any(isinstance(i, (Tensor, list)) or i is None for i in index):
+        return None
+    if Ellipsis in index:
+        gap = index.index(Ellipsis)
+        missing = t.call.args[0].ndim - len(index) + 1
+        index = (*index[:gap], *[slice(None)] * missing, *index[gap + 1 :])
+    kept = [i for i in index[: dim + sum(isinstance(i, int) for i in index) + 1] if isinstance(i, slice)]
+    return kept[dim] if dim < len(kept) else None
 
 
 @rule("split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk", "tensor_split")
@@ -602,16 +712,36 @@ def _split(t: Tracer, name: str, out: Sequence[Tensor], x: Tensor, sizes: Any, d
         if ids is None:
             t.freeze([whole], "a split of dimensions flattened into one")
         else:
-            if len(widths) > 1:
-                t.freeze([whole], f"it is split into unequal parts of {[o.shape[dim] for o in out]}")
-            else:
-                t.couple(ids, len(out))
-                t.suspect([whole])
             parts = [tracked(p) for p in np.split(ids, np.cumsum([o.shape[dim] for o in out])[:-1])]
+            said = _said_sizes(t, len(out))
+            own = said is None or any(not isinstance(t.form(n), Attribute) for n in said)
+            if len(widths) == 1 and own:
+                t.couple(ids, len(out))
+            if said is not None:
+                for part, n in zip(parts, said, strict=True):
+                    if len(widths) == 1 or t.form(n) is not None:
+                        t.claim(part, n)
+                    else:
+                        t.freeze([part], f"it is split into parts of {[o.shape[dim] for o in out]}, by number")
+            elif t.call.name not in _EQUAL_PARTS:
+                t.suspect([whole])
     elif len(out) == 1:
         parts = [whole]
     for tensor, part in zip(out, parts, strict=True):
         t.set(tensor, [*info.dims[:dim], part, *info.dims[dim + 1 :]])
+
+
+_EQUAL_PARTS = frozenset(["chunk", "tensor_split", "glu", "unsafe_chunk"])
+
+
+def _said_sizes(t: Tracer, count: int) -> list[Any] | None:
+    """The sizes of the parts of a split, as the model's code wrote them; None where it says how many instead."""
+    if t.call.name not in ("split", "split_with_sizes", "unsafe_split"):
+        return None
+    sizes = t.call.args[1] if len(t.call.args) > 1 else next(iter(t.call.kwargs.values()), None)
+    if isinstance(sizes, (list, tuple)):
+        return list(sizes) if len(sizes) == count else None
+    return [sizes] * count
 
 
 @rule("glu")
@@ -741,7 +871,6 @@ def _reduction(t: Tracer, name: str, out: Any, x: Tensor, *args: Any, **kwargs: 
     over = [t.info(x).dims[i] for i in axes]
     if name != "sum":
         t.inexact(over, f"'{name}' runs across it")
-        t.suspect(over)
     if name == "mean" and t.call.name == "adaptive_avg_pool2d":
         t.flops("adaptive_avg_pool2d", 1, _numel(t, x))
     _reduce(t, out, x, axes)
@@ -773,7 +902,6 @@ def _choice(t: Tracer, name: str, out: Any, x: Tensor, *args: Any, **kwargs: Any
 def _softmax(t: Tracer, name: str, out: Tensor, x: Tensor, dim: int, *args: Any, **kwargs: Any) -> None:
     info = t.info(x)
     t.inexact([info.dims[dim % x.ndim]], f"'{name.strip('_')}' runs across it")
-    t.suspect([info.dims[dim % x.ndim]])
     t.set(out, info.dims)
 
 
@@ -782,3 +910,118 @@ def _weight_norm(t: Tracer, name: str, out: Any, v: Tensor, g: Tensor, dim: int 
     dims = list(t.info(v).dims)
     t.same(dims[dim], t.info(g).dims[dim], "weight normalisation")
     t.set(_outputs(out)[0], dims, None, t.info(v).param)
+
+
+def function(*names: str) -> Callable[[Rule], Rule]:
+    """Register a function for functions of torch, which are then followed as a whole."""
+
+    def register(follow: Rule) -> Rule:
+        for name in names:
+            FUNCTIONS[name] = follow
+        return follow
+
+    return register
+
+
+@function("einsum")
+def _einsum(t: Tracer, name: str, out: Tensor, equation: str, *operands: Any) -> None:
+    """Each letter is one dimension: wherever it stands, it stands for the same channels."""
+    tensors = _tensors(operands)
+    inputs, result = _letters(equation.replace(" ", ""), [x.ndim for x in tensors], out.ndim)
+    dims: dict[str, Dim] = {}
+    for letters, x in zip(inputs, tensors, strict=True):
+        for letter, dim, n in zip(letters, t.info(x).dims, x.shape, strict=True):
+            if n > 1:
+                dims[letter] = t.same(dims[letter], dim, "an einsum") if letter in dims else dim or untracked(n)
+    summed = [letter for letter in dims if letter not in result]
+    t.suspect([dims[letter] for letter in summed if len(tensors) > 1])
+    if len(tensors) > 2:
+        t.freeze(list(dims.values()), "an einsum of more than two tensors")
+    _einsum_flops(t, equation, inputs, result, tensors, dims)
+    t.set(out, [dims.get(letter, ()) or untracked(n) for letter, n in zip(result, out.shape, strict=True)])
+
+
+def _letters(equation: str, ndims: Sequence[int], out_ndim: int) -> tuple[list[str], str]:
+    """Letters of each operand and of the result; an ellipsis becomes capital letters nobody uses."""
+    left, arrow, right = equation.partition("->")
+    spare = [chr(0x391 + i) for i in range(24)]
+    inputs = []
+    for letters, ndim in zip(left.split(","), ndims, strict=True):
+        more = ndim - len(letters.replace("...", ""))
+        inputs.append(letters.replace("...", "".join(spare[len(spare) - more :]) if more else ""))
+    if not arrow:
+        every = "".join(inputs)
+        right = ("..." if "..." in left else "") + "".join(sorted(c for c in set(every) if every.count(c) == 1
+                                                                  and c not in spare))  # fmt: skip
+    more = out_ndim - len(right.replace("...", ""))
+    return inputs, right.replace("...", "".join(spare[len(spare) - more :]) if more else "")
+
+
+def _einsum_flops(
+    t: Tracer, equation: str, inputs: list[str], result: str, tensors: Sequence[Tensor], dims: dict[str, Dim]
+) -> None:
+    """As fvcore counts: exactly for two equations, else half of NumPy's count, of which it reads four digits."""
+    order = {c: chr(97 + i) for i, c in enumerate(dict.fromkeys(c for c in equation if c.isalpha()))}
+    plain = "".join(order.get(c, c) for c in equation.replace(" ", ""))
+    every = list(dims.values())
+    if plain in ("abc,abd->acd", "abc,adc->adb"):
+        t.flops("einsum", 1, every)
+    elif len(tensors) <= 2:
+        inner = any(c not in result for letters in inputs for c in letters)
+        t.flops("einsum", 2 if inner and len(tensors) == 2 else 1 + inner, every, rounded=True)
+    else:
+        shapes = [np.empty(tuple(x.shape)) for x in tensors]
+        told = np.einsum_path(equation, *shapes, optimize="optimal")[1]
+        line = next(line for line in told.splitlines() if "optimized flop" in line.lower())
+        t.flops("einsum", int(float(line.split(":")[-1]) // 2), [])
+
+
+@function("lstm", "gru", "rnn_tanh", "rnn_relu")
+def _recurrent(t: Tracer, name: str, out: Any, *args: Any, **kwargs: Any) -> None:
+    """Gate blocks are coupled by index; all layers and directions have one width, so that they go together.
+
+    A unit whose weights are zero stays at zero: LSTM has c = f c + i tanh(0), GRU h = (1 - z) tanh(0) + z h.
+    """
+    packed = isinstance(args[3], (list, tuple))
+    x = args[0]
+    states, weights, has_biases, layers, _, _, bidirectional = args[2:9] if packed else args[1:8]
+    directions = 2 if bidirectional else 1
+    per_cell = len(weights) // (layers * directions)
+    if per_cell > (4 if has_biases else 2):
+        t.freeze([d for w in weights for d in t.info(w).dims], f"'{name}' projects its states")
+        return
+    gates = {"lstm": 4, "gru": 3}.get(name, 1)
+    read = t.info(x).dims[-1]
+    if t.module:
+        t.records.equations.append(Equation(read, Attribute(t.module, "input_size", None, x.shape[-1]), ""))
+    width: Dim = ()
+    for layer in range(layers):
+        made: list[Ids] = []
+        for direction in range(directions):
+            at = (layer * directions + direction) * per_cell
+            w_ih, w_hh, *biases = weights[at : at + per_cell]
+            into, recurrent = t.info(w_ih).dims, t.info(w_hh).dims
+            for other in (w_hh, *biases):
+                t.same(into[0], t.info(other).dims[0], f"the gates of '{name}'")
+            grid = full(into[0])
+            assert grid is not None
+            t.couple_grid(grid.reshape(gates, -1), 1)
+            hidden = tracked(grid.reshape(gates, -1)[0].copy())
+            t.same(recurrent[1], hidden, f"the states of '{name}'")
+            width = t.same(width, hidden, f"the width of '{name}'") if width else hidden
+            t.same(read, into[1], f"'{name}'") if size_of(read) > 1 else t.freeze([into[1]], "it reads one value")
+            t.layer(
+                LayerRecord("linear", t.module, grid, read, _param(t, w_ih), _param(t, biases[0]) if biases else None)
+            )
+            t.layer(LayerRecord("linear", t.module, grid, hidden, _param(t, w_hh)))
+            made.append(grid.reshape(gates, -1)[0])
+        read = tracked(np.concatenate(made))
+    if t.module:
+        t.records.equations.append(Equation(width, Attribute(t.module, "hidden_size", None, size_of(width)), ""))
+    for state in states if isinstance(states, (list, tuple)) else [states]:
+        t.same(t.info(state).dims[-1] or untracked(state.shape[-1]), width, f"the states of '{name}'")
+    first, *last = _outputs(out)
+    lead = t.info(x).dims[:-1]
+    t.set(first, [*[d if d else untracked(n) for d, n in zip(lead, first.shape[:-1], strict=True)], read])
+    for state in last if not packed else [s for s in last if s.ndim == 3]:
+        t.set(state, [*map(untracked, state.shape[:-1]), width])

@@ -8,10 +8,11 @@ also when the forward raises.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from lightning_prune.errors import TraceError
-from lightning_prune.graph.labels import Dim, Ids, Info, full, ids_of, is_tracked, tracked, untracked
+from lightning_prune.graph.attention import standing_in
+from lightning_prune.graph.labels import Dim, Ids, Info, full, ids_of, is_tracked, merge, tracked, untracked
+from lightning_prune.graph.sizes import Attribute, Form, Read, Size, form_of, leaves
 
-_TORCH = str(Path(torch.__file__).parent)
-_HERE = str(Path(__file__).parent)
+_TORCH = str(Path(torch.__file__).parent) + os.sep
+_HERE = str(Path(__file__).parent) + os.sep
 
 # Functions of torch that multiply matrices, or pool, by operators fvcore counts, while it counts none for themselves.
 _UNCOUNTED = frozenset(
@@ -62,6 +65,7 @@ class Slot:
     size: int
     offset: int
     is_buffer: bool
+    is_virtual: bool = False  # no tensor of the model: an axis made with a size that a module holds
 
 
 @dataclass(slots=True)
@@ -94,13 +98,32 @@ class LayerRecord:
 
 @dataclass(slots=True)
 class Term:
-    """A summand of the flops: ``coefficient`` times the product of the current sizes of ``dims``."""
+    """A summand of the flops: ``coefficient`` times the product of the current sizes of ``dims``.
+
+    With ``rounded`` fvcore counts it from a figure of four digits (einsum).
+    """
 
     module: str
     operator: str
     coefficient: int
     dims: list[Dim]
     weight: str | None = None
+    rounded: bool = False
+
+
+@dataclass(slots=True)
+class Equation:
+    """A dimension has the size that a form says; both have to follow a cut alike.
+
+    Attributes:
+        dim: as its labels say it.
+        form: as the model's code says it.
+        where: the module and the line.
+    """
+
+    dim: Dim
+    form: Form
+    where: str
 
 
 @dataclass
@@ -116,6 +139,8 @@ class Records:
     layers: list[LayerRecord] = field(default_factory=list)
     terms: list[Term] = field(default_factory=list)
     touched: set[str] = field(default_factory=set)
+    equations: list[Equation] = field(default_factory=list)
+    scalars: list[tuple[Form, str]] = field(default_factory=list)
     has_training_branch: bool = False
 
 
@@ -129,11 +154,15 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.records = records
         self.counting = False
-        self.call = Call()
+        self.call = Call(self)
+        self.muted = 0
+        self.skeleton: Skeleton | None = None
         self._rules = rules
+        self._virtual: dict[Attribute, Dim] = {}
         self._infos: dict[tuple[Any, ...], Info] = {}
         self._alive: list[Tensor] = []
-        self._paths = {module: name for name, module in model.named_modules()}
+        self.modules = dict(model.named_modules())
+        self._paths = {module: name for name, module in self.modules.items()}
         self._path: list[str] = []
         self._named = {
             id(tensor): (name, is_buffer)
@@ -154,6 +183,50 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 dims = [tracked(np.arange(s.offset, s.offset + s.size)) for s in slots[name]]
                 self._infos[_key(tensor)] = Info(dims, param=name)
                 self._alive.append(tensor)
+
+    def sized(self, tensor: Tensor, shape: torch.Size) -> torch.Size:
+        """The shape of a tensor, with sizes that remember the dimension they were read from."""
+        info = self._infos.get(_key(tensor))
+        if info is None or not any(ids is not None for dim in info.dims for _, ids in dim):
+            return shape
+        if info.param is not None:
+            self.records.touched.add(info.param)
+        return torch.Size(
+            [
+                Size(n, Read(dim), self.records) if is_tracked(dim) else n
+                for n, dim in zip(shape, info.dims, strict=True)
+            ]
+        )
+
+    def form(self, value: Any) -> Form | None:
+        """Where a number of the model's code comes from; None if it is a mere number."""
+        return form_of(value, self.records)
+
+    def claim(self, dim: Dim, value: Any) -> None:
+        """The model's code says a number for the size of a dimension; where that is a mere number, it is doubtful."""
+        form = self.form(value)
+        if form is not None:
+            if is_tracked(dim) or any(not isinstance(leaf, Read) or is_tracked(leaf.dim) for leaf in leaves(form)):
+                self.records.equations.append(Equation(dim, form, self._where()))
+        elif is_tracked(dim):
+            self.suspect([dim])
+
+    def made(self, value: Any) -> Dim:
+        """The dimension that an operator makes with a number for its size."""
+        form = self.form(value)
+        if isinstance(form, Read):
+            return form.dim
+        if isinstance(form, Attribute):
+            if form not in self._virtual:
+                records = self.records
+                slot = Slot(f"attribute:{form}", 0, form.value, records.size, False, is_virtual=True)
+                records.size += slot.size
+                records.slots.append(slot)
+                records.touched.add(slot.name)
+                self._virtual[form] = tracked(np.arange(slot.offset, slot.offset + slot.size))
+                records.equations.append(Equation(self._virtual[form], form, self._where()))
+            return self._virtual[form]
+        return untracked(int(value))
 
     def info(self, tensor: Tensor) -> Info:
         """What is known of a tensor; untracked dimensions if nothing is."""
@@ -213,6 +286,12 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             f"{why} pairs it with channels that no parameter makes (padded in, or constant)",
         )
 
+    def couple_grid(self, grid: Ids, axis: int) -> None:
+        """What lies at the same index of one axis of a grid of labels is one channel."""
+        rows = np.moveaxis(grid, axis, -1).reshape(-1, grid.shape[axis])
+        for row in rows[1:]:
+            self._same_ids(rows[0], row, "an equal split")
+
     def couple(self, ids: Ids, parts: int) -> None:
         """The same index of each of ``parts`` equal parts is one channel."""
         rows = ids.reshape(parts, -1)
@@ -247,7 +326,14 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.records.layers.append(record)
         return len(self.records.layers) - 1
 
-    def flops(self, operator: str, coefficient: int, dims: Sequence[Dim], weight: str | None = None) -> None:
+    def flops(
+        self,
+        operator: str,
+        coefficient: int,
+        dims: Sequence[Dim],
+        weight: str | None = None,
+        rounded: bool = False,
+    ) -> None:
         """Add a summand to the flops; untracked sizes go into the coefficient."""
         if not self.counting or self.call.name in _UNCOUNTED:
             return
@@ -258,7 +344,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     coefficient *= n
                 else:
                     kept.append(((n, ids),))
-        self.records.terms.append(Term(self.module, operator, coefficient, kept, weight))
+        self.records.terms.append(Term(self.module, operator, coefficient, kept, weight, rounded))
 
     def _where(self) -> str:
         """The module and the line of the model's own code that is running; nothing once the model has returned."""
@@ -270,6 +356,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             name = frame.f_code.co_filename
             if frame.f_code is run.__code__:  # outside of the model; all that ran in it is torch's own
                 break
+            if name.endswith("attention.py") and name.startswith(_HERE):  # a stand-in: its caller is the model's line
+                frame = frame.f_back  # type: ignore[assignment]
+                continue
             if not name.startswith((_TORCH, _HERE, "<")):
                 line = f", {Path(name).name}:{frame.f_lineno}"
                 break
@@ -282,7 +371,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         mutated = args[0] if func._schema.name.endswith("_") and args and isinstance(args[0], Tensor) else None
         before = None if mutated is None else (_key(mutated), tuple(mutated.shape), self.info(mutated))
-        out = func(*args, **kwargs)
+        out = func(*args, **kwargs) if self.skeleton is None else self.skeleton(func, args, kwargs)
+        if self.muted:
+            return out
         if mutated is not None and before is not None and _key(mutated) != before[0]:
             self._relaid(mutated, before[1], before[2], func._schema.name)
             return out
@@ -325,25 +416,210 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class Call(TorchFunctionMode):
-    """Remembers which torch function the model called: flops and baked sizes depend on it, not on its operators."""
+    """Remembers which torch function the model called, and with what numbers; its operators alone do not tell."""
 
-    def __init__(self) -> None:
+    def __init__(self, tracer: Tracer) -> None:
         super().__init__()
         self.name = ""
-        self.literal_sizes: tuple[int, ...] = ()
+        self.args: tuple[Any, ...] = ()
+        self.kwargs: dict[str, Any] = {}
+        self.functions: Mapping[str, Callable[..., None]] = {}
+        self._tracer = tracer
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        previous = self.name, self.literal_sizes
-        self.name = getattr(func, "__name__", "")
-        self.literal_sizes = ()
-        if self.name in ("view", "reshape", "unflatten"):
-            self.literal_sizes = tuple(a for a in tree_flatten(args[1:])[0] if isinstance(a, int))
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name == "__get__":
+            out = func(*args, **kwargs)
+            return self._tracer.sized(args[0], out) if type(out) is torch.Size else out
+        if name in ("size", "numel", "nelement", "__len__"):
+            return self._size(name, func, args, kwargs)
+        if self._tracer.skeleton is not None:
+            args, kwargs = _without_noise(name, args, kwargs)
+        outer = self.name, self.args, self.kwargs
+        self.name, self.args, self.kwargs = name, args, kwargs
+        followed = self.functions.get(name)
         try:
-            return func(*args, **(kwargs or {}))
+            if name in _ARITHMETIC:
+                self._note_scalars(args)
+            if followed is None:
+                return func(*args, **kwargs)
+            self._tracer.muted += 1
+            try:
+                out = func(*args, **kwargs)
+            finally:
+                self._tracer.muted -= 1
+            followed(self._tracer, name, out, *args, **kwargs)
+            return out
         finally:
-            self.name, self.literal_sizes = previous
+            self.name, self.args, self.kwargs = outer
+
+    def _size(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        out = func(*args, **kwargs)
+        if not isinstance(args[0], Tensor):
+            return out
+        shape = self._tracer.sized(args[0], args[0].shape)
+        if name == "__len__":
+            return out  # Python makes a plain integer of it
+        if name != "size":
+            dims = self._tracer.info(args[0]).dims
+            return Size(out, Read(merge(dims)), self._tracer.records) if any(map(is_tracked, dims)) else out
+        if isinstance(out, torch.Size):
+            return shape
+        return shape[args[1] if len(args) > 1 else kwargs["dim"]]
+
+    def _note_scalars(self, args: tuple[Any, ...]) -> None:
+        """A tensor is computed with a size: its values depend on how many channels there are."""
+        for value in args:
+            form = self._tracer.form(value)
+            if form is not None:
+                self._tracer.records.scalars.append((form, f"its size is computed with{self._tracer._where()}"))
+
+    def sizes(self, ndim: int) -> list[Any] | None:
+        """The numbers a view or the like was called with, one per dimension; None if the function takes none."""
+        if self.name not in ("view", "reshape", "expand", "zeros", "ones", "full", "empty", "rand", "randn",
+                             "new_zeros", "new_ones", "new_empty", "new_full", "repeat"):  # fmt: skip
+            return self._unflattened(ndim) if self.name == "unflatten" else None
+        rest = self.args[1:] if self.args and isinstance(self.args[0], Tensor) else self.args
+        if rest and isinstance(rest[0], (list, tuple)):
+            rest = tuple(rest[0])
+        elif not rest:
+            rest = tuple(self.kwargs.get("shape", self.kwargs.get("size", ())))
+        return list(rest) if len(rest) == ndim and all(isinstance(n, int) for n in rest) else None
+
+    def _unflattened(self, ndim: int) -> list[Any] | None:
+        x, *rest = self.args
+        dim = rest[0] if rest else self.kwargs["dim"]
+        sizes = rest[1] if len(rest) > 1 else self.kwargs["sizes"]
+        dim %= x.ndim
+        out = [None] * dim + list(sizes) + [None] * (x.ndim - dim - 1)
+        return out if len(out) == ndim else None
+
+
+_ARITHMETIC = frozenset(
+    name.format(kind)
+    for kind in ("add", "sub", "mul", "div", "truediv", "true_divide", "pow")
+    for name in ("{}", "{}_", "__{}__", "__r{}__", "__i{}__")
+)
+
+# Functions with a flag that makes their result depend on chance, or on the other samples: its place among arguments.
+_NOISE = {
+    "batch_norm": ("training", 5),
+    "dropout": ("training", 2),
+    "dropout1d": ("training", 2),
+    "dropout2d": ("training", 2),
+    "dropout3d": ("training", 2),
+    "alpha_dropout": ("training", 2),
+    "feature_alpha_dropout": ("training", 2),
+}
+
+
+def _without_noise(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments that make a norm use its own statistics and a dropout do nothing, where that is possible."""
+    if name not in _NOISE:
+        return args, kwargs
+    key, place = _NOISE[name]
+    statistics = args[1] if len(args) > 1 else kwargs.get("running_mean")
+    if name == "batch_norm" and statistics is None:
+        return args, kwargs
+    if len(args) > place:
+        return (*args[:place], False, *args[place + 1 :]), kwargs
+    return args, {**kwargs, key: False}
+
+
+class Skeleton:
+    """Runs a model a second time without its heavy operators: what they return has the shape it had the first time.
+
+    Args:
+        shapes: of outputs, by operator and shapes of its inputs; filled while ``learning``.
+    """
+
+    heavy = frozenset(["aten::convolution", "aten::addmm", "aten::mm", "aten::bmm", "aten::baddbmm"])
+
+    def __init__(self) -> None:
+        self.learning = True
+        self.depends_on_values = False
+        self._known: dict[tuple[Any, ...], tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device]] = {}
+
+    def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operator, or not."""
+        name = func._schema.name
+        if name not in self.heavy:
+            if name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "torchvision::nms"):
+                self.depends_on_values = True
+            return func(*args, **kwargs)
+        key = (name, *(_signature(a) for a in args), *((k, _signature(v)) for k, v in kwargs.items()))
+        if self.learning:
+            out = func(*args, **kwargs)
+            self._known[key] = tuple(out.shape), out.stride(), out.dtype, out.device
+            return out
+        if key not in self._known:
+            return func(*args, **kwargs)
+        shape, stride, dtype, device = self._known[key]
+        return torch.empty_strided(shape, stride, dtype=dtype, device=device).zero_()
+
+
+def _signature(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.stride(), value.dtype
+    return tuple(value) if isinstance(value, list) else value
+
+
+@contextmanager
+def remembered_sizes(model: nn.Module, trace: object) -> Iterator[None]:
+    """The integers that modules hold remember, inside, that they are attributes; put back afterwards."""
+    before: list[tuple[dict[str, Any], str, Any, Any]] = []
+    try:
+        for path, module in model.named_modules():
+            own = type(module).__module__.startswith("torch.nn.modules")
+            if own and not isinstance(module, (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Unflatten)):
+                continue
+            held = vars(module)
+            for name, value in list(held.items()):
+                if type(value) is int and value > 1:
+                    new: Any = Size(value, Attribute(path, name, None, value), trace)
+                elif type(value) in (tuple, list) and value and all(type(v) is int for v in value):
+                    new = type(value)(
+                        Size(v, Attribute(path, name, i, v), trace) if v > 1 else v for i, v in enumerate(value)
+                    )
+                else:
+                    continue
+                before.append((held, name, value, new))
+                held[name] = new
+        yield
+    finally:
+        for held, name, value, new in before:
+            if held.get(name) is new:
+                held[name] = value
+        for module in model.modules():  # what the forward itself kept of sizes it saw
+            for name, value in list(vars(module).items()):
+                if type(value) is Size:
+                    vars(module)[name] = int(value)
+                elif type(value) in (tuple, list, torch.Size) and any(type(v) is Size for v in value):
+                    vars(module)[name] = type(value)([int(v) if type(v) is Size else v for v in value])
+
+
+@contextmanager
+def watched_mode() -> Iterator[list[str]]:
+    """Lists the files, other than torch's own, whose code asks a module whether it is training."""
+    seen: list[str] = []
+
+    def get(module: nn.Module) -> bool:
+        name = sys._getframe(1).f_code.co_filename
+        if not name.startswith(_TORCH):
+            seen.append(name)
+        return bool(vars(module).get("training", True))
+
+    def put(module: nn.Module, value: bool) -> None:
+        vars(module)["training"] = value
+
+    nn.Module.training = property(get, put)  # type: ignore[assignment]
+    try:
+        yield seen
+    finally:
+        del nn.Module.training
 
 
 def _key(tensor: Tensor) -> tuple[Any, ...]:
@@ -405,7 +681,14 @@ def place(example_inputs: Any, model: nn.Module) -> Any:
 
 
 def samples(example_inputs: Any, count: int) -> Any:
-    """The first sample, ``count`` times; inputs without a common first dimension stay as they are."""
+    """The first sample, ``count`` times; inputs without a common first dimension stay as they are.
+
+    Lists of images (C, H, W), and lists beside them with an entry an image, as detection models take them, are cut to
+    their first entries.
+    """
+    parts = [p for p in as_call(example_inputs)[0] if p is not None]
+    if parts and all(isinstance(p, list) and p and len(p) == len(parts[0]) for p in parts) and _images(parts[0]):
+        return tuple(p[:1] * count if isinstance(p, list) else p for p in as_call(example_inputs)[0])
     tensors = [t for t in tree_flatten(example_inputs)[0] if isinstance(t, Tensor)]
     if not tensors or any(t.ndim == 0 or t.shape[0] != tensors[0].shape[0] or t.shape[0] == 0 for t in tensors):
         return example_inputs
@@ -414,6 +697,10 @@ def samples(example_inputs: Any, count: int) -> Any:
         return value[:1].repeat(count, *[1] * (value.ndim - 1)) if isinstance(value, Tensor) else value
 
     return tree_map(repeat, example_inputs)
+
+
+def _images(values: Sequence[Any]) -> bool:
+    return all(isinstance(v, Tensor) and v.ndim == 3 and v.shape[0] in (1, 3) and min(v.shape) < 4 for v in values)
 
 
 @contextmanager
@@ -439,7 +726,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 def record(model: nn.Module, example_inputs: Any) -> Records:
-    """Trace a model in the mode that trains and in eval mode.
+    """Trace a model in eval mode, and in the mode that trains where its code makes a difference between them.
 
     Args:
         model: any module; nothing about it changes.
@@ -448,31 +735,59 @@ def record(model: nn.Module, example_inputs: Any) -> Records:
     Raises:
         TraceError: if the model refuses the example input; the message carries the model's own error.
     """
-    from lightning_prune.graph.rules import RULES
-
     records = Records()
-    ran: dict[bool, set[str]] = {}
-    with undisturbed(model):
-        for training, count in ((True, 2), (False, 1)):
-            model.train(training)
-            tracer = Tracer(records, model, RULES)
-            tracer.counting = not training
-            first = len(records.layers)
+    skeleton = Skeleton()
+    with undisturbed(model), standing_in(model), remembered_sizes(model, records):
+        with watched_mode() as asked:
+            _pass(model, example_inputs, records, False, 1, skeleton)
+        layers = len(records.layers)
+        evaluated = {layer.module for layer in records.layers}
+        if asked:
+            skeleton.learning = False
+            before = Records(**{f.name: _copied(getattr(records, f.name)) for f in fields(Records)})
             try:
-                with tracer.paths(), tracer.call, tracer:
-                    out = run(model, example_inputs, count)
-            except Exception as error:
-                shapes = [tuple(t.shape) for t in tree_flatten(_arguments(example_inputs))[0] if isinstance(t, Tensor)]
-                raise TraceError(
-                    f"{type(model).__name__} does not run on the example input with shapes {shapes} in "
-                    f"{'train' if training else 'eval'} mode: {type(error).__name__}: {error}; "
-                    "pass example_input= with what its forward takes"
-                ) from error
-            ran[training] = {layer.module for layer in records.layers[first:]}
-            for tensor in output_tensors(out):
-                tracer.freeze(tracer.info(tensor).dims, "it is an output of the model")
-    records.has_training_branch = bool(ran[True] - ran[False])
+                if skeleton.depends_on_values:
+                    raise _NeedsValues
+                _pass(model, example_inputs, records, True, 1, skeleton)
+            except (TraceError, _NeedsValues):
+                for f in fields(Records):
+                    setattr(records, f.name, getattr(before, f.name))
+                _pass(model, example_inputs, records, True, 2, None)
+            records.has_training_branch = bool({layer.module for layer in records.layers[layers:]} - evaluated)
     return records
+
+
+class _NeedsValues(Exception):
+    """A model whose control flow depends on values cannot run without its heavy operators."""
+
+
+def _copied(value: Any) -> Any:
+    return value.copy() if isinstance(value, (list, set)) else value
+
+
+def _pass(
+    model: nn.Module, example_inputs: Any, records: Records, training: bool, count: int, skeleton: Skeleton | None
+) -> None:
+    """Run a model once and follow its labels."""
+    from lightning_prune.graph.rules import FUNCTIONS, RULES
+
+    model.train(training)
+    tracer = Tracer(records, model, RULES)
+    tracer.call.functions = FUNCTIONS
+    tracer.counting = not training
+    tracer.skeleton = skeleton
+    try:
+        with tracer.paths(), tracer.call, tracer:
+            out = run(model, example_inputs, count)
+    except Exception as error:
+        shapes = [tuple(t.shape) for t in tree_flatten(_arguments(example_inputs))[0] if isinstance(t, Tensor)]
+        raise TraceError(
+            f"{type(model).__name__} does not run on the example input with shapes {shapes} in "
+            f"{'train' if training else 'eval'} mode: {type(error).__name__}: {error}; "
+            "pass example_input= with what its forward takes"
+        ) from error
+    for tensor in output_tensors(out):
+        tracer.freeze(tracer.info(tensor).dims, "it is an output of the model")
 
 
 def _arguments(example_inputs: Any) -> Any:

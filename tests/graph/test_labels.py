@@ -66,7 +66,7 @@ def test_a_split_into_equal_parts_keeps_the_labels_of_the_first_and_reports_what
     dims, splits = reshape([tracked(ids(0, 1, 2, 3, 4, 5))], (2, 3))
     assert not is_tracked(dims[0])
     assert full(dims[1]).tolist() == [0, 1, 2]
-    assert [(parts, labels.tolist()) for parts, labels in splits] == [(2, [0, 1, 2, 3, 4, 5])]
+    assert [(grid.tolist(), axis) for grid, axis in splits] == [([[0, 1, 2], [3, 4, 5]], 1)]
 
 
 @pytest.mark.parametrize("shape", [(4, 3), (2, 2, 3), (8, 2)])
@@ -100,7 +100,8 @@ def test_a_view_puts_every_label_where_numpy_puts_it(data):
     except Unsplittable:
         reject()
     assert [size_of(dim) for dim in made] == after
-    parts = int(np.prod([p for p, _ in splits]))
+    assert all(axis == grid.ndim - 1 for grid, axis in splits)  # the innermost part keeps the labels
+    parts = int(np.prod([grid.size // grid.shape[axis] for grid, axis in splits]))
     assert sum(is_tracked(dim) for dim in made) == (before[which] // parts > 1)
     for axis in [axis for axis, dim in enumerate(made) if is_tracked(dim)]:
         wide = [-1 if i == axis else 1 for i in range(len(after))]
