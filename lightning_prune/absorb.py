@@ -581,7 +581,7 @@ def _run(model: nn.Module, graph: ChannelGraph, inputs: Any, change: Callable[[A
 
 
 class _Noise:
-    """Two samples of noise in place of floating inputs, with their mean and deviation.
+    """Two samples of noise in place of floating inputs, with their mean and deviation; indices are shuffled.
 
     Attributes:
         drawn: whether there was one.
@@ -595,8 +595,12 @@ class _Noise:
         return tree_map(self._draw, samples(inputs, 2))
 
     def _draw(self, value: Any) -> Any:
-        if not isinstance(value, Tensor) or not value.is_floating_point() or value.numel() < 2:
+        if not isinstance(value, Tensor) or value.dtype == torch.bool or value.numel() < 2:
             return value
+        if not value.is_floating_point():  # tokens, say: each of them is a valid one
+            shuffled = value.flatten()[torch.randperm(value.numel(), generator=self._generator).to(value.device)]
+            self.drawn = self.drawn or not torch.equal(shuffled, value.flatten())
+            return shuffled.reshape(value.shape)
         self.drawn = True
         deviation, mean = torch.std_mean(value.float(), correction=0)
         drawn = torch.randn(value.shape, generator=self._generator).to(value.device)

@@ -5,15 +5,22 @@ which hold up in every common form of colour blindness and in grey.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import PatchCollection, PathCollection
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import PathPatch
+from matplotlib.path import Path
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
+
+from lightning_prune.graph.explain import Explanation, listed
 
 BLUE, ORANGE, GREEN, INK, PALE = "#0072B2", "#D55E00", "#009E73", "#333333", "#D3DEE8"
 CURVES = (
@@ -22,6 +29,7 @@ CURVES = (
     ("prune/density", "density", GREEN, "-."),
 )
 LONGEST_NAME = 40
+LARGEST_NODE, SMALLEST_NODE = 420.0, 14.0  # areas in square points
 
 
 def architecture_figure(before: Mapping[str, int], after: Mapping[str, int]) -> Figure:
@@ -107,6 +115,82 @@ def curve_figure(rows: Sequence[Mapping[str, object]]) -> Figure:
     return figure
 
 
+def graph_figure(explanation: Explanation) -> Figure:
+    """Draw the groups of a channel graph and what leads from one to another.
+
+    A row for each group in data-flow order, and one for each reason that freezes layers, below the last group
+    that leads to these. A node's area is the share of the parameters that go if the group is cut to one channel; of frozen layers, the
+    share they hold. It stands the further right the more layers lie before it. Solid lines lead down to what is made
+    from a group, dashed ones back up to a group that is made from a later one as well, as a residual stream is.
+
+    Args:
+        explanation: of `lightning_prune.graph.explain.explain`.
+
+    Returns:
+        A figure that grows with the number of rows; not known to pyplot, so nothing has to close it.
+
+    Raises:
+        ValueError: if there is neither a group nor anything frozen.
+    """
+    rows = _graph_rows(explanation)
+    if not rows:
+        raise ValueError("a figure of a graph needs a group or something frozen, got neither")
+    row_of = {row.key: i for i, row in enumerate(rows)}
+    links = [((0, i), (0, j)) for i, j in explanation.links]
+    links += [((0, i), (1, n)) for n, frozen in enumerate(explanation.frozen) for i in frozen.reads]
+    depths = _depths(len(rows), [(row_of[a], row_of[b]) for a, b in links])
+    figure, axes = _axes(width=9.0, height=1.5 + (0.24 if len(rows) <= 40 else 0.18) * max(len(rows), 4))
+    axes.hlines(range(len(rows)), 0, 1, transform=axes.get_yaxis_transform(), color="#F0F0F0", linewidth=0.8, zorder=0)
+    for leads_up, style in ((False, "-"), (True, (0, (3, 2)))):
+        lines = [
+            PathPatch(_line((depths[a], a), (depths[b], b)))
+            for a, b in ((row_of[x], row_of[y]) for x, y in links)
+            if (b < a) == leads_up
+        ]
+        axes.add_collection(
+            PatchCollection(lines, facecolor="none", edgecolor="#8C8C8C", linewidth=0.8, linestyle=style, zorder=1)
+        )
+    largest = max(row.share for row in rows) or 1.0
+    for row, depth in zip(rows, depths, strict=True):
+        face, edge = _NODES[row.kind]
+        area = max(SMALLEST_NODE, LARGEST_NODE * row.share / largest)
+        nodes: PathCollection = axes.scatter(
+            [depth], [row_of[row.key]], s=area, facecolor=face, edgecolor=edge, linewidth=1.0, zorder=2
+        )
+        nodes.set_gid(row.kind)
+    for at, row in enumerate(rows):
+        axes.annotate(
+            row.note, (1, at), (6, 0), ("axes fraction", "data"), "offset points", va="center", fontsize=8, color=INK
+        )
+    axes.set_yticks(range(len(rows)), [_shortened(row.name) for row in rows], fontsize=8)
+    axes.set_ylim(len(rows) - 0.3, -0.7)
+    deepest = max(4, *depths)  # a shallow graph is not drawn out
+    axes.set_xlim(-0.06 * deepest, 1.06 * deepest)
+    axes.set_xticks([])
+    axes.tick_params(axis="y", length=0)
+    axes.spines[["left", "bottom"]].set_visible(False)
+    figure.suptitle(
+        f"{len(explanation.groups)} groups; {explanation.prunable_share:.1%} of {explanation.params:,} parameters can "
+        "go in part",
+        fontsize=11,
+        color=INK,
+    )
+    handles = [
+        Line2D([], [], marker="o", linestyle="", markerfacecolor=face, markeredgecolor=edge, label=kind)
+        for kind, (face, edge) in _NODES.items()
+        if any(row.kind == kind for row in rows)
+    ]
+    if any(row_of[b] > row_of[a] for a, b in links):
+        handles.append(Line2D([], [], color="#8C8C8C", label="makes"))
+    if any(row_of[b] < row_of[a] for a, b in links):
+        handles.append(Line2D([], [], color="#8C8C8C", linestyle=(0, (3, 2)), label="is added back to"))
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8,
+        title="area: parameters gone with all channels but one", title_fontsize=8,
+    )  # fmt: skip
+    return figure
+
+
 @rank_zero_only
 def log_figure(loggers: Iterable[Logger], tag: str, figure: Figure | Callable[[], Figure], step: int) -> None:
     """Hand the figure to every logger that takes figures, as TensorBoard's does; on the first process only."""
@@ -125,6 +209,59 @@ def log_histogram(loggers: Iterable[Logger], tag: str, values: Tensor, step: int
     if values.numel():
         for experiment in _experiments(loggers, "add_histogram"):
             experiment.add_histogram(tag, values, step)
+
+
+_NODES = {"exact": (BLUE, BLUE), "inexact": (ORANGE, ORANGE), "frozen": ("white", INK)}  # face and edge
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row of the graph's picture; ``key`` is (0, index of a group) or (1, index of a frozen entry)."""
+
+    key: tuple[int, int]
+    name: str
+    kind: str
+    share: float
+    note: str
+
+
+def _graph_rows(explanation: Explanation) -> list[_Row]:
+    """Groups in their order; what is frozen after the last group that it reads or that adds to one, or else last."""
+    total = max(1, explanation.params)
+    ends: dict[int, list[_Row]] = {}
+    for n, frozen in enumerate(explanation.frozen):
+        share = frozen.params / total
+        row = _Row((1, n), listed(frozen.names, LONGEST_NAME), "frozen", share, f"frozen, {share:.1%}")
+        before = {*frozen.reads, *(i for i, j in explanation.links if j in frozen.reads)}
+        ends.setdefault(max(before, default=len(explanation.groups)), []).append(row)
+    rows: list[_Row] = []
+    for i, worth in enumerate(explanation.groups):
+        share, size = worth.whole.params / total, worth.group.size
+        kind = "exact" if worth.group.exact else "inexact"
+        rows += [_Row((0, i), worth.group.name, kind, share, f"{size} ch, {share:.1%}"), *ends.pop(i, [])]
+    return rows + [row for left in ends.values() for row in left]
+
+
+def _depths(count: int, links: Iterable[tuple[int, int]]) -> list[int]:
+    """How many layers lie before each row, along links that lead down."""
+    depths = [0] * count
+    for source, target in sorted(links):
+        if target > source:
+            depths[target] = max(depths[target], depths[source] + 1)
+    return depths
+
+
+def _line(start: tuple[float, float], end: tuple[float, float]) -> Path:
+    """Down from its start and level to its end; one that leads up runs above its row, and up beside the others."""
+    (x, y), (to_x, to_y) = start, end
+    if to_y > y:
+        points = [start, (x, to_y - 0.5), (x, to_y), (x + min(0.3, to_x - x), to_y), end]
+        return Path(points, [Path.MOVETO, Path.LINETO, Path.CURVE3, Path.CURVE3, Path.LINETO])
+    beside = to_x + 0.14
+    points = [start, (x - 0.04, y - 0.25), (x - 0.12, y - 0.25), (beside + 0.1, y - 0.25), (beside, y - 0.25)]
+    points += [(beside, y - 0.6), (beside, to_y + 0.3), (beside, to_y), end]
+    curve, level = [Path.CURVE3, Path.CURVE3], [Path.LINETO]
+    return Path(points, [Path.MOVETO, *curve, *level, *curve, *level, *curve])
 
 
 def _experiments(loggers: Iterable[Logger], method: str) -> list[Any]:

@@ -7,7 +7,7 @@ may differ with good reason is made the same beforehand (`lightning_prune.replay
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -61,6 +61,9 @@ class Trial(Protocol):
 
     def undo(self) -> None:
         """Put everything back, after `zero` or `apply`."""
+
+    def gone(self) -> Mapping[int, Tensor]:
+        """Identity of a tensor of one dimension -> the indices of it that go."""
 
     def again(self) -> Trial:
         """Return the same cut of the model as it is now."""
@@ -273,7 +276,7 @@ def _zeroed(trial: Trial, example_inputs: Any, replay: bool = True) -> tuple[_Ze
     def attempt(inputs: Any, nearly: float = 0.0) -> _Zeroed:
         trial.zero(nearly)
         notes = Notes()
-        return _Zeroed(_outputs(trial.model, inputs, Record(trial.model, notes) if replay else None), notes)
+        return _Zeroed(_outputs(trial.model, inputs, Record(trial.model, notes, trial.gone()) if replay else None), notes)
 
     inputs = with_noise(example_inputs)
     try:

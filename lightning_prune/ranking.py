@@ -48,8 +48,14 @@ def check_finite(scores: Mapping[str, Tensor]) -> None:
 
     Raises:
         NonFiniteScore: naming the first group or layer with a NaN or infinite score.
+        ValueError: if scores are of a model on the meta device.
     """
     for name, score in scores.items():
+        if score.is_meta:
+            raise ValueError(
+                f"the scores of {name!r} are on the meta device, where tensors have no values to choose by; "
+                "materialise the model, or choose at random (RandomChannels)"
+            )
         bad = ~torch.isfinite(score)
         if bad.any():
             raise NonFiniteScore(

@@ -114,11 +114,26 @@ class Aligned(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class Record(Aligned):  # type: ignore[no-untyped-call]
-    """Takes notes of a run that it leaves alone."""
+    """Takes notes of a run that it leaves alone.
+
+    But for norms across channels: what reaches one at a removed channel is taken for zero, though code between may
+    have made something of the zero (a bias across positions, say), as the cut network's norm never sees it.
+
+    Args:
+        model: what runs.
+        notes: where notes go.
+        gone: id of a norm's weight or bias -> indices of the channels that go.
+    """
+
+    def __init__(self, model: nn.Module, notes: Notes, gone: Mapping[int, Tensor] | None = None) -> None:
+        super().__init__(model, notes)
+        self._gone = gone or {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         operator = _operator(func)
+        if operator.name in _NORMS and len(args) > 2:
+            args = self._without_gone(operator.name, args)
         numbers = operator.numbers(args, kwargs)
         out = func(*args, **kwargs)
         chooses = operator.chooses(args, out)
@@ -131,6 +146,19 @@ class Record(Aligned):  # type: ignore[no-untyped-call]
         if operator.is_layer:
             self.notes.layer(self.place, operator.read(args), out)
         return out
+
+
+    def _without_gone(self, name: str, args: Any) -> Any:
+        x, *rest = args
+        affine, dim = (rest[:2], 1) if name == "native_group_norm" else (rest[1:3], -1)
+        for tensor in affine:
+            gone = self._gone.get(id(tensor))
+            if gone is not None and tensor.ndim == 1 and x.shape[dim] == len(tensor):
+                return x.index_fill(dim, gone.to(x.device), 0.0), *rest
+        return args
+
+
+_NORMS = frozenset(["native_layer_norm", "_fused_rms_norm", "rms_norm", "native_group_norm"])
 
 
 class Replay(Aligned):  # type: ignore[no-untyped-call]

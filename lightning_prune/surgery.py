@@ -285,6 +285,14 @@ class _Operation:
                     zeroed.index_fill_(dim, _complement(kept, zeroed.shape[dim]).to(zeroed.device), nearly)
                 _exchange(tensor, zeroed)
 
+    def gone(self) -> dict[int, Tensor]:
+        """Identity of a tensor of one dimension -> the indices that go."""
+        return {
+            id(tensor): _complement(self.kept[name][0], self._shapes[name][0])
+            for name, tensor in self._tensors.items()
+            if tensor.ndim == 1 and 0 in self.kept[name]
+        }
+
     def again(self) -> _Operation:
         """Return the same operation on the model's tensors as they are now, in double precision say."""
         return _Operation(self.model, self.plan, self.since)

@@ -298,7 +298,7 @@ class EinsumAttention(nn.Module):
         y = self.norm(x)
         q, k, v = (torch.einsum("btc,chd->bthd", y, w) for w in (self.q, self.k, self.v))
         weights = torch.softmax(torch.einsum("bqhd,bkhd->bhqk", q, k) * self.scale, -1)
-        x = x + torch.einsum("bhqk,bkhd,hdc->bqc", weights, v, self.o)
+        x = x + torch.einsum("bqhd,hdc->bqc", torch.einsum("bhqk,bkhd->bqhd", weights, v), self.o)
         return self.head(x.mean(1))
 
 
@@ -569,12 +569,12 @@ class GroupNormed(nn.Module):
         super().__init__()
         self.conv1, self.norm1 = nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(2, 8)
         self.conv2, self.norm2 = nn.Conv2d(8, 12, 3, padding=1), nn.GroupNorm(1, 12)
-        self.fc = nn.Linear(12, 3)
+        self.fc, self.scale = nn.Linear(12, 3), math.sqrt(8 * 3 * 3)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.norm1(self.conv1(x)))
         w = self.conv2.weight
-        w = (w - w.mean((1, 2, 3), keepdim=True)) / math.sqrt(math.prod(w.shape[1:]))
+        w = (w - w.mean((1, 2, 3), keepdim=True)) / self.scale
         return self.fc(F.relu(self.norm2(F.conv2d(x, w, self.conv2.bias, padding=1))).mean((2, 3)))
 
 

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from lightning_prune.cost import Cost, CostModel
 from lightning_prune.decision import Plan
-from lightning_prune.graph.labels import Dim, Ids, full, ids_of, is_tracked
-from lightning_prune.graph.sizes import Attribute, Read, describe, evaluate, leaves
+from lightning_prune.graph.explain import explain
+from lightning_prune.graph.labels import Dim, Ids, full, ids_of, is_tracked, merge, size_of, untracked
+from lightning_prune.graph.sizes import Attribute, Node, Read, describe, evaluate, leaves
 from lightning_prune.graph.trace import LayerRecord, Records, Slot, record
 
 
@@ -332,27 +333,8 @@ class ChannelGraph:
         return replace(self, groups=tuple(groups), costs=costs, shapes=shapes)
 
     def explain(self) -> str:
-        """Per group what goes together and what it is worth; then what is frozen, and why."""
-        dense = self.costs.flops_and_params(self.costs.dense)
-        lines = [
-            f"{len(self.groups)} groups, {self.prunable_share:.1%} of {dense[1]:,} parameters can go in part; "
-            f"{dense[0]:,} flops for one sample"
-        ]
-        for i, group in enumerate(self.groups):
-            fewer = self.costs.dense.copy()
-            fewer[i] -= 1
-            flops, params = self.costs.flops_and_params(fewer)
-            note = "" if group.exact else f"; inexact: {group.inexact_because}"
-            note += "; proved when first cut: its size may be held in code" if group.name in self.suspects else ""
-            lines.append(
-                f"  {group.name}: {group.size} channels, each {dense[0] - flops:,} flops and {dense[1] - params:,} "
-                f"parameters{note}"
-            )
-            lines.append("      " + ", ".join(f"{m.name}[{m.dim}]" for m in group.members if not m.is_buffer))
-        if self.frozen:
-            lines.append("frozen:")
-            lines += [f"  {name}: {why}" for name, why in self.frozen.items()]
-        return "\n".join(lines)
+        """Per group what goes together and what it is worth; then what is frozen, why, and what would free it."""
+        return str(explain(self))
 
 
 def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
@@ -450,6 +432,12 @@ def _held(records: Records) -> dict[Attribute, Dim]:
         form = equation.form
         if isinstance(form, Attribute) and (form not in held or not is_tracked(held[form])):
             held[form] = equation.dim
+    for equation in records.equations:  # width // parts, say: the width is as many parts as before
+        free = [leaf for leaf in leaves(equation.form) if isinstance(leaf, Attribute) and leaf not in held]
+        size = size_of(equation.dim)
+        if isinstance(equation.form, Node) and is_tracked(equation.dim):
+            for attribute in [a for a in free if a.value % size == 0][:1]:
+                held[attribute] = merge([equation.dim, untracked(attribute.value // size)])
     return held
 
 

@@ -231,6 +231,9 @@ def _grouped(
         makes, into = outer, ins
     in_rows, out_rows = into.reshape(groups, -1), makes.reshape(groups, -1)
     whole = groups >= max(in_rows.shape[1], out_rows.shape[1])
+    if getattr(t.modules.get(t.module), "groups", None) != groups:  # a layer of torch follows by itself
+        said = t.call.args[6] if len(t.call.args) > 6 else t.call.kwargs.get("groups", groups)
+        t.claim(tracked(in_rows[:, 0].copy()) if whole else untracked(groups), said)
     if whole:
         if in_rows.shape[1] > 1:
             t.couple(in_rows.T.ravel(), in_rows.shape[1])
@@ -299,7 +302,7 @@ def _contract(t: Tracer, left: Dim, right: Dim) -> None:
         t.freeze([left, right], "it is read together with a single value")
 
 
-@rule("bmm", "baddbmm", "matmul", "dot")
+@rule("bmm", "baddbmm", "matmul")
 def _bmm(t: Tracer, name: str, out: Tensor, *args: Any, **kwargs: Any) -> None:
     tensors = [a for a in args if isinstance(a, Tensor)]
     a, b = tensors[1:3] if name == "baddbmm" else tensors[:2]
@@ -337,6 +340,12 @@ def _attention(t: Tracer, name: str, out: Any, q: Tensor, k: Tensor, v: Tensor, 
             shared = merge([theirs[-1], untracked(q.shape[-3] // other.shape[-3])])
             theirs = [*theirs[:-1], shared]
         lead = [t.same(x, y, "attention") if x and y else x or y for x, y in zip(lead, theirs, strict=True)]
+    scores = [*lead, qi.dims[-2], ki.dims[-2]]
+    for mask in _tensors(args[:1], kwargs.get("attn_mask"), kwargs.get("attn_bias")):  # (..., L, S), broadcast
+        for i, dim in enumerate(reversed(t.info(mask).dims), start=1):
+            if is_tracked(dim) and i <= len(scores):
+                scores[-i] = t.same(scores[-i], dim, "an attention mask")
+    lead = scores[:-2]
     t.flops("attention", 1, [*lead, qi.dims[-2], ki.dims[-2], qi.dims[-1]])
     t.flops("attention", 1, [*lead, qi.dims[-2], ki.dims[-2], vi.dims[-1]])
     dims = [*lead, qi.dims[-2], vi.dims[-1]]
@@ -558,7 +567,8 @@ def _chooser(t: Tracer, sizes: Sequence[Any] | None, shape: Sequence[int]) -> Ch
     """Which part of a split dimension is to shrink: what the numbers in the model's code leave open.
 
     Whole heads, where one of the sizes is an attribute named for heads; else the part whose size is derived from the
-    very dimension that is split, or left open (-1); else the innermost.
+    very dimension that is split, or left open (-1); else, of a sequence, the outer of two attributes; else the
+    innermost.
     """
 
     def choose(ids: Ids, parts: list[tuple[int, int]]) -> int:
@@ -571,7 +581,8 @@ def _chooser(t: Tracer, sizes: Sequence[Any] | None, shape: Sequence[int]) -> Ch
         own = [i for i, f in enumerate(forms) if f is not None and any(
             isinstance(leaf, Read) and _shares(leaf.dim, ids) for leaf in leaves(f))]  # fmt: skip
         left_open = [i for i, n in enumerate(said) if n == -1]
-        return (heads or own or left_open or [innermost(ids, parts)])[0]
+        held = [i for i, f in enumerate(forms) if isinstance(f, Attribute)] if len(shape) <= 4 else []
+        return (heads or own or left_open or (held if len(held) > 1 else []) or [innermost(ids, parts)])[0]
 
     return choose
 
@@ -714,8 +725,7 @@ def _split(t: Tracer, name: str, out: Sequence[Tensor], x: Tensor, sizes: Any, d
         else:
             parts = [tracked(p) for p in np.split(ids, np.cumsum([o.shape[dim] for o in out])[:-1])]
             said = _said_sizes(t, len(out))
-            own = said is None or any(not isinstance(t.form(n), Attribute) for n in said)
-            if len(widths) == 1 and own:
+            if len(widths) == 1 and (said is None or len({id(t.form(n)) for n in said}) == 1):
                 t.couple(ids, len(out))
             if said is not None:
                 for part, n in zip(parts, said, strict=True):
@@ -871,6 +881,7 @@ def _reduction(t: Tracer, name: str, out: Any, x: Tensor, *args: Any, **kwargs: 
     over = [t.info(x).dims[i] for i in axes]
     if name != "sum":
         t.inexact(over, f"'{name}' runs across it")
+        t.suspect(over)
     if name == "mean" and t.call.name == "adaptive_avg_pool2d":
         t.flops("adaptive_avg_pool2d", 1, _numel(t, x))
     _reduce(t, out, x, axes)
@@ -902,6 +913,7 @@ def _choice(t: Tracer, name: str, out: Any, x: Tensor, *args: Any, **kwargs: Any
 def _softmax(t: Tracer, name: str, out: Tensor, x: Tensor, dim: int, *args: Any, **kwargs: Any) -> None:
     info = t.info(x)
     t.inexact([info.dims[dim % x.ndim]], f"'{name.strip('_')}' runs across it")
+    t.suspect([info.dims[dim % x.ndim]])
     t.set(out, info.dims)
 
 
@@ -921,6 +933,39 @@ def function(*names: str) -> Callable[[Rule], Rule]:
         return follow
 
     return register
+
+
+@rule("gather")
+def _gather(t: Tracer, name: str, out: Tensor, x: Tensor, dim: int, index: Tensor, *args: Any, **kwargs: Any) -> None:
+    dims, at = list(t.info(x).dims), dim % max(1, x.ndim)
+    t.freeze(dims[at : at + 1], "it is looked up by index")
+    along = [() if i == at else d for i, d in enumerate(dims)]
+    if tuple(n for i, n in enumerate(x.shape) if i != at) != tuple(n for i, n in enumerate(out.shape) if i != at):
+        t.freeze(dims, "it is looked up by an index that is smaller")
+        along = [()] * x.ndim
+    theirs = t.info(index).dims
+    along = [t.same(a, b, "a lookup by index") if a and b and i != at else a
+             for i, (a, b) in enumerate(zip(along, theirs, strict=True))]  # fmt: skip
+    t.set(out, [d if d else untracked(n) for d, n in zip(along, out.shape, strict=True)])
+
+
+@rule("dot", "vdot")
+def _dot(t: Tracer, name: str, out: Tensor, a: Tensor, b: Tensor) -> None:
+    _contract(t, t.info(a).dims[0], t.info(b).dims[0])
+
+
+@function("repeat_interleave")
+def _repeat_interleave(t: Tracer, name: str, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> None:
+    """Each head of keys and values, say, is read by several heads of queries in a row."""
+    repeats, dim = (*args, *kwargs.values(), None)[:2]
+    dims = t.info(x).dims
+    if not isinstance(repeats, int) or dim is None:
+        t.freeze(dims, "it is repeated by numbers in a tensor, or flattened")
+        return
+    t.claim(untracked(repeats), repeats)
+    dims = [merge([d or untracked(n), untracked(repeats)]) if i == dim % x.ndim else d
+            for i, (d, n) in enumerate(zip(dims, x.shape, strict=True))]  # fmt: skip
+    t.set(out, [d if d else untracked(n) for d, n in zip(dims, out.shape, strict=True)])
 
 
 @function("einsum")

@@ -196,7 +196,19 @@ class Size(_Arithmetic, int):  # type: ignore[misc]
     __hash__ = int.__hash__
 
     def __eq__(self, other: object) -> bool:
+        self._compared(other)
         return int.__eq__(self, other)
+
+    def __ne__(self, other: object) -> bool:
+        self._compared(other)
+        return int.__ne__(self, other)
+
+    def _compared(self, other: object) -> None:
+        """Code that compares a size with an attribute wants them equal after a cut, too."""
+        if isinstance(other, Size) and self.trace is other.trace and int(self) == int(other):
+            for read, held in ((self.form, other.form), (other.form, self.form)):
+                if isinstance(read, Read) and isinstance(held, Attribute) and hasattr(self.trace, "equate"):
+                    self.trace.equate(read.dim, held)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return int, (int(self),)

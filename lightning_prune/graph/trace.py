@@ -143,6 +143,10 @@ class Records:
     scalars: list[tuple[Form, str]] = field(default_factory=list)
     has_training_branch: bool = False
 
+    def equate(self, dim: Dim, form: Form) -> None:
+        """The model's code compares the size of a dimension with another."""
+        self.equations.append(Equation(dim, form, ", with which the code compares it"))
+
 
 class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows labels through the operators called inside its context.
@@ -567,6 +571,10 @@ def _signature(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+# Of torch's own modules, those whose forward reads sizes that they hold; others follow by the shapes of their weights.
+_HOLD_SIZES = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Transformer, nn.Unflatten)
+
+
 @contextmanager
 def remembered_sizes(model: nn.Module, trace: object) -> Iterator[None]:
     """The integers that modules hold remember, inside, that they are attributes; put back afterwards."""
@@ -574,7 +582,7 @@ def remembered_sizes(model: nn.Module, trace: object) -> Iterator[None]:
     try:
         for path, module in model.named_modules():
             own = type(module).__module__.startswith("torch.nn.modules")
-            if own and not isinstance(module, (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Unflatten)):
+            if own and not isinstance(module, _HOLD_SIZES):
                 continue
             held = vars(module)
             for name, value in list(held.items()):
@@ -710,6 +718,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     with ExitStack() as stack:
+        if any(type(module).__name__ == "OptimizedModule" for module in model.modules()):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))  # the module that was compiled, as it was
         stack.enter_context(torch.random.fork_rng(devices=devices))
         stack.enter_context(torch.no_grad())
         fast_path = torch.backends.mha.get_fastpath_enabled()
