@@ -118,10 +118,11 @@ def curve_figure(rows: Sequence[Mapping[str, object]]) -> Figure:
 def graph_figure(explanation: Explanation) -> Figure:
     """Draw the groups of a channel graph and what leads from one to another.
 
-    A row for each group in data-flow order, and one for each reason that freezes layers, below the last group
-    that leads to these. A node's area is the share of the parameters that go if the group is cut to one channel; of frozen layers, the
-    share they hold. It stands the further right the more layers lie before it. Solid lines lead down to what is made
-    from a group, dashed ones back up to a group that is made from a later one as well, as a residual stream is.
+    A row for each group in data-flow order, and one for each reason that freezes layers, below the last group that
+    leads to these. A node's area is the share of the parameters that go if the group is cut to one channel; of frozen
+    layers, the share they hold. It stands the further right the more layers lie before it. Solid lines lead down to
+    what is made from a group, dashed ones back up to a group that is made from a later one as well, as a residual
+    stream is.
 
     Args:
         explanation: of `lightning_prune.graph.explain.explain`.

@@ -2,6 +2,7 @@
 
     lightning-prune explain --model torchvision.models.resnet18 --input 1,3,224,224
     lightning-prune explain --config examples/digits/l1_filter.yaml --keep 0.3
+    lightning-prune explain --model torchvision.models.resnet18 --input 1,3,224,224 --figure groups.png
 
 The weights are the ones the model is built with, so the flops and parameters at the budget are what a method that looks
 at data would come near, and what one that does not would meet.
@@ -12,17 +13,20 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from torch import Tensor, nn
 
 from lightning_prune.budget import Budget
 from lightning_prune.commands import write
 from lightning_prune.decision import Plan
 from lightning_prune.errors import NothingToPrune, PruneError
+from lightning_prune.figures import graph_figure
+from lightning_prune.graph.explain import Explanation, explain
 from lightning_prune.graph.groups import ChannelGraph
 from lightning_prune.planning import plan
 from lightning_prune.report import markdown_table
@@ -47,7 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--method", default="l1_filter", metavar="NAME", help="a channel method that needs no data (%(default)s)"
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="also write explain.txt and explain.json there")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="also write explain.txt, .json and .png there")
+    parser.add_argument(
+        "--figure", type=Path, metavar="FILE", help="draw the graph of groups, as .png, .svg or .pdf by its suffix"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -60,10 +67,12 @@ def run(options: argparse.Namespace) -> int:
         UnmeetableBudget: if the budget is out of reach, after saying what there is.
     """
     budget = Budget(options.keep, of=options.of)
+    pictures = _pictures(options.figure, options.out)
     name, model = made(options.model, options.arguments) if options.config is None else from_config(options.config)
     inputs = example_inputs(model, options.input)
     graph = trace(model, inputs)
-    text, value = explained(graph, name)
+    explanation = explain(graph)
+    text, value = explained(explanation, graph.frozen, name)
     failed: PruneError | None = None
     try:
         chosen = plan(graph, options.method, budget)
@@ -73,6 +82,10 @@ def run(options: argparse.Namespace) -> int:
         more, prediction = predicted(graph, chosen, budget, options.method)
         text, value = f"{text}\n\n{more}", {**value, "predicted": prediction}
     write(options.out, "explain.txt", text, value)
+    for path in pictures:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        graph_figure(explanation).savefig(path)
+        print(f"written: {path}")
     if failed is not None:
         if isinstance(failed, NothingToPrune):
             raise NothingToPrune(f"nothing of {name} may go; the reasons are listed above") from failed
@@ -163,30 +176,15 @@ def example_inputs(model: nn.Module, shapes: Sequence[str] | None) -> Any:
     return tuple(_tensor(shape, generator) for shape in shapes)
 
 
-def explained(graph: ChannelGraph, name: str) -> tuple[str, dict[str, Any]]:
-    """What of a model may go, and what not: as text, and as what JSON can say."""
-    cost = graph.cost()
-    text = f"{name}\n{graph.explain()}"
-    groups = [
-        {
-            "name": group.name,
-            "channels": group.size,
-            "producers": [producer.name for producer in group.producers],
-            "members": [f"{m.name}[{m.dim}]" for m in group.members if not m.is_buffer],
-            "exact": group.exact,
-            "note": group.inexact_because,
-        }
-        for group in graph.groups
-    ]
-    value = {
-        "model": name,
-        "flops": cost.flops,
-        "params": cost.params,
-        "prunable_share": graph.prunable_share,
-        "groups": groups,
-        "frozen": dict(graph.frozen),
-    }
-    return text, value
+def explained(explanation: Explanation, frozen: Mapping[str, str], name: str) -> tuple[str, dict[str, Any]]:
+    """What of a model may go, and what not: as text, and as what JSON can say.
+
+    Args:
+        explanation: of its channel graph.
+        frozen: layer or parameter -> why, as `ChannelGraph.frozen` has it.
+        name: what to call the model.
+    """
+    return f"{name}\n{explanation}", {"model": name, **explanation.to_dict(), "frozen": dict(frozen)}
 
 
 def predicted(graph: ChannelGraph, chosen: Plan, budget: Budget, method: str) -> tuple[str, dict[str, Any]]:
@@ -209,6 +207,15 @@ def predicted(graph: ChannelGraph, chosen: Plan, budget: Budget, method: str) ->
         "groups": {name: n for name, (n, _) in chosen.groups.items()},
     }
     return f"{title}\n\n{markdown_table(costs)}\n\n{markdown_table(kept)}", value
+
+
+def _pictures(figure: Path | None, out: Path | None) -> list[Path]:
+    """Where the picture goes; a suffix that it cannot be written as is an error before any work is done."""
+    if figure is not None:
+        known = FigureCanvasAgg.get_supported_filetypes()
+        if figure.suffix[1:].lower() not in known:
+            raise ValueError(f"--figure wants a file such as groups.png, one of {', '.join(known)}, got {figure}")
+    return [path for path in (figure, out and out / "explain.png") if path is not None]
 
 
 def _imported(path: str) -> Callable[..., Any]:

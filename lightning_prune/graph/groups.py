@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,9 +19,10 @@ from torch import Tensor, nn
 
 from lightning_prune.cost import Cost, CostModel
 from lightning_prune.decision import Plan
+from lightning_prune.graph import equations
 from lightning_prune.graph.explain import explain
-from lightning_prune.graph.labels import Dim, Ids, full, ids_of, is_tracked, merge, size_of, untracked
-from lightning_prune.graph.sizes import Attribute, Node, Read, describe, evaluate, leaves
+from lightning_prune.graph.labels import Dim, Ids, full, ids_of
+from lightning_prune.graph.sizes import Read, leaves
 from lightning_prune.graph.trace import LayerRecord, Records, Slot, record
 
 
@@ -356,21 +356,20 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
 
 def build(model: nn.Module, example_inputs: Any, records: Records) -> ChannelGraph:
     """Records -> graph: components, what is frozen, groups, and costs."""
-    component = _components(records)
-    count = int(component.max()) + 1 if len(component) else 0
-    slot_of = np.repeat(np.arange(len(records.slots)), [s.size for s in records.slots])
-    reasons = _reasons(records, component, count)
-    free = np.ones(count, dtype=bool)
-    free[list(reasons)] = False
-
-    index = _Index(records, component, slot_of, free)
+    held = equations.held(records)
+    index, reasons = _indexed(records)
     names, unit_group, unit_place, unit_components = _grouped_units(index, records)
-    while broken := _broken(records, component, unit_group, unit_components):
+    if joined := equations.joined(records, held, index.component, unit_group, unit_components):
+        records.edges += joined
+        index, reasons = _indexed(records)
+        names, unit_group, unit_place, unit_components = _grouped_units(index, records)
+    while broken := equations.broken(records, held, index.component, unit_group, unit_components):
         for g, why in broken.items():
-            free[unit_components[g]] = False
+            index.free[unit_components[g]] = False
             reasons.update(dict.fromkeys(unit_components[g].tolist(), why))
         names, unit_group, unit_place, unit_components = _grouped_units(index, records)
-    _follow_scalars(records)
+    records.inexact += equations.inexact(records, held)
+    component, slot_of, free = index.component, index.slot_of, index.free
     groups, suspects = _groups(index, records, names, unit_group, unit_place, unit_components)
     costs, resized = _costs(model, records, component, unit_group, len(groups), unit_components)
     return ChannelGraph(
@@ -386,6 +385,17 @@ def build(model: nn.Module, example_inputs: Any, records: Records) -> ChannelGra
         tuple(term.weight for term in records.terms),
         records.has_training_branch,
     )
+
+
+def _indexed(records: Records) -> tuple[_Index, dict[int, str]]:
+    """Components of the coordinates, and the frozen ones with their reasons."""
+    component = _components(records)
+    count = int(component.max()) + 1 if len(component) else 0
+    reasons = _reasons(records, component, count)
+    free = np.ones(count, dtype=bool)
+    free[list(reasons)] = False
+    slot_of = np.repeat(np.arange(len(records.slots)), [s.size for s in records.slots])
+    return _Index(records, component, slot_of, free), reasons
 
 
 def _weights(model: nn.Module, records: Records) -> tuple[str, ...]:
@@ -423,76 +433,6 @@ def _reasons(records: Records, component: Ids, count: int) -> dict[int, str]:
             for c in np.unique(component[slot.offset : slot.offset + slot.size]).tolist():
                 reasons.setdefault(c, f"the example input did not reach '{slot.name}'")
     return reasons
-
-
-def _held(records: Records) -> dict[Attribute, Dim]:
-    """Attributes of modules that size a dimension -> that dimension, preferably one that can shrink."""
-    held: dict[Attribute, Dim] = {}
-    for equation in records.equations:
-        form = equation.form
-        if isinstance(form, Attribute) and (form not in held or not is_tracked(held[form])):
-            held[form] = equation.dim
-    for equation in records.equations:  # width // parts, say: the width is as many parts as before
-        free = [leaf for leaf in leaves(equation.form) if isinstance(leaf, Attribute) and leaf not in held]
-        size = size_of(equation.dim)
-        if isinstance(equation.form, Node) and is_tracked(equation.dim):
-            for attribute in [a for a in free if a.value % size == 0][:1]:
-                held[attribute] = merge([equation.dim, untracked(attribute.value // size)])
-    return held
-
-
-def _broken(
-    records: Records, component: Ids, unit_group: NDArray[np.int64], components: Sequence[NDArray[np.int64]]
-) -> dict[int, str]:
-    """Groups that would break an equation between a size in the model's code and what it sizes -> the reason."""
-    held = _held(records)
-    rows: dict[int, dict[int, int]] = {}
-    keep_alive: list[Ids] = []
-
-    def row(ids: Ids) -> dict[int, int]:
-        """Group -> how many of these labels are of each of its channels."""
-        if id(ids) not in rows:
-            keep_alive.append(ids)
-            groups, counts = np.unique(unit_group[component[ids[ids >= 0]]], return_counts=True)
-            rows[id(ids)] = {
-                int(g): int(n) // len(components[g]) for g, n in zip(groups, counts, strict=True) if g >= 0
-            }
-        return rows[id(ids)]
-
-    def size(dim: Dim, gone: Mapping[int, int]) -> int:
-        total = 1
-        for n, ids in dim:
-            total *= n if ids is None else n - sum(per * gone.get(g, 0) for g, per in row(ids).items())
-        return total
-
-    def value(attribute: Attribute, gone: Mapping[int, int]) -> int:
-        return size(held[attribute], gone) if attribute in held else attribute.value
-
-    def touched(dim: Dim) -> set[int]:
-        return {g for _, ids in dim if ids is not None for g in row(ids)}
-
-    broken: dict[int, str] = {}
-    for equation in records.equations:
-        dims = [equation.dim]
-        for leaf in leaves(equation.form):
-            dims.append(leaf.dim if isinstance(leaf, Read) else held.get(leaf, ()))
-        for g in sorted(set().union(*map(touched, dims)) - set(broken)):
-            for fewer in {1, len(components[g]) // 2}:
-                gone = {g: fewer}
-                said = evaluate(equation.form, partial(size, gone=gone), partial(value, gone=gone))
-                if said != size(equation.dim, gone):
-                    broken[g] = f"{describe(equation.form)} has to stay as wide as it is{equation.where}"
-                    break
-    return broken
-
-
-def _follow_scalars(records: Records) -> None:
-    """What a model computes with a size of its channels is inexact: it changes with their number."""
-    held = _held(records)
-    for form, why in records.scalars:
-        for leaf in leaves(form):
-            dim = leaf.dim if isinstance(leaf, Read) else held.get(leaf, ())
-            records.inexact += [(ids[ids >= 0], why) for ids in ids_of(dim)]
 
 
 class _Index:
@@ -830,7 +770,7 @@ def _costs(
     flop_terms = [
         (t.coefficient, [size(ids) for d in t.dims for _, ids in d if ids is not None]) for t in records.terms
     ]
-    param_terms = [(1, [size(arrays[s.name, s.dim]) for s in slots[name]]) for name, _ in model.named_parameters()]
+    param_terms = [(1, [size(arrays[s.name, s.dim]) for s in slots.get(name, [])]) for name, _ in model.named_parameters()]
     resized = _resized(model, records, size)
 
     def table(terms: list[tuple[int, list[int]]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -892,7 +832,7 @@ def _resized(model: nn.Module, records: Records, size: Any) -> list[Resized]:
             if slot is not None and value == slot.size and (owner, attribute) not in out:
                 ids = np.arange(slot.offset, slot.offset + slot.size)
                 out[owner, attribute] = Resized(owner, attribute, size(ids))
-    for entry, sized in _held(records).items():
+    for entry, sized in equations.held(records).items():
         labels = ids_of(sized)
         if len(labels) == 1:
             value = getattr(modules.get(entry.module), entry.name, None)

@@ -200,13 +200,14 @@ def _convolution(
         made, whole, depthwise = _grouped(t, x, w, read, per_out, per_in, transposed, groups)
     spatial = x.shape[2:] if transposed else out.shape[2:]
     constant = int(np.prod(w.shape[2:], dtype=np.int64) * np.prod(spatial, dtype=np.int64)) * out.shape[0]
-    t.flops("conv", constant, [wi.dims[0], wi.dims[1]], wi.param)
+    weight = t.origin(wi, per_out)
+    t.flops("conv", constant, [wi.dims[0], wi.dims[1]], weight)
     source = None
     ids = _only(made)
     if ids is not None:
         if bias is not None:
             t.same(made, t.info(bias).dims[0], "a convolution's bias")
-        source = t.layer(LayerRecord("conv", t.module, ids, read, wi.param, _param(t, bias), groups, whole, depthwise))
+        source = t.layer(LayerRecord("conv", t.module, ids, read, weight, _param(t, bias), groups, whole, depthwise))
     elif bias is not None:
         t.freeze(t.info(bias).dims, "its convolution is frozen")
     batch = xi.dims[0] if len(xi.dims) == out.ndim else ()
@@ -272,11 +273,12 @@ def _linear(t: Tracer, name: str, out: Tensor, *args: Any, **kwargs: Any) -> Non
     lead = xi.dims[:-1]
     if wi.param is None and xi.param is not None:  # weight @ activation
         t.suspect([xi.dims[0]])
-    t.flops(_product(t, "linear"), 1, [*_numel(t, x), makes or untracked(_width(w, name))], wi.param)
+    weight = t.origin(wi, makes)
+    t.flops(_product(t, "linear"), 1, [*_numel(t, x), makes or untracked(_width(w, name))], weight)
     source = None
     ids = _only(makes)
-    if ids is not None and wi.param is not None:
-        source = t.layer(LayerRecord("linear", t.module, ids, xi.dims[-1], wi.param, _param(t, bias)))
+    if ids is not None and weight is not None:
+        source = t.layer(LayerRecord("linear", t.module, ids, xi.dims[-1], weight, _param(t, bias)))
     dims = [*lead, makes][: out.ndim]
     if bias is not None:
         dims = [t.same(a, b, "a linear layer's bias") if b and a else a for a, b in zip(
@@ -377,6 +379,8 @@ def _batch_norm(t: Tracer, name: str, out: Any, x: Tensor, *args: Any, **kwargs:
         scale,
         [channels if i == 1 else d for i, d in enumerate(_numel(t, x))],
     )
+    if over_batch:
+        t.inexact([d for i, d in enumerate(xi.dims) if i != 1], "a norm runs across it")
     ids = _only(channels)
     if ids is not None:
         t.layer(LayerRecord("norm", t.module, ids, None, _param(t, weight), _param(t, bias), source=xi.source))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
@@ -163,6 +164,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.skeleton: Skeleton | None = None
         self._rules = rules
         self._virtual: dict[Attribute, Dim] = {}
+        self._ndim = {name: p.ndim for name, p in model.named_parameters()}
         self._infos: dict[tuple[Any, ...], Info] = {}
         self._alive: list[Tensor] = []
         self.modules = dict(model.named_modules())
@@ -187,6 +189,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 dims = [tracked(np.arange(s.offset, s.offset + s.size)) for s in slots[name]]
                 self._infos[_key(tensor)] = Info(dims, param=name)
                 self._alive.append(tensor)
+        self._offsets = [slot.offset for slot in records.slots]
 
     def sized(self, tensor: Tensor, shape: torch.Size) -> torch.Size:
         """The shape of a tensor, with sizes that remember the dimension they were read from."""
@@ -240,6 +243,23 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if found.param is not None:
             self.records.touched.add(found.param)
         return found
+
+    def origin(self, info: Info, makes: Dim) -> str | None:
+        """The parameter a layer's weight is, or was computed from (standardised, normalised), by the labels it makes."""
+        if info.param is not None or len(makes) != 1 or makes[0][1] is None:
+            return info.param
+        owners = {self._owner(dim) for dim in info.dims if dim}
+        name = self._owner(makes)
+        return name if owners == {name} else None
+
+    def _owner(self, dim: Dim) -> str | None:
+        """The parameter whose whole dimension this is."""
+        ids = dim[0][1]
+        if len(dim) != 1 or ids is None or ids[0] < 0:
+            return None
+        slot = self.records.slots[bisect_right(self._offsets, int(ids[0])) - 1]
+        whole = len(ids) == slot.size and ids[0] == slot.offset
+        return slot.name if whole and self._ndim.get(slot.name, 0) > 1 else None
 
     @property
     def module(self) -> str:
