@@ -276,7 +276,8 @@ def _zeroed(trial: Trial, example_inputs: Any, replay: bool = True) -> tuple[_Ze
     def attempt(inputs: Any, nearly: float = 0.0) -> _Zeroed:
         trial.zero(nearly)
         notes = Notes()
-        return _Zeroed(_outputs(trial.model, inputs, Record(trial.model, notes, trial.gone()) if replay else None), notes)
+        record = Record(trial.model, notes, trial.gone()) if replay else None
+        return _Zeroed(_outputs(trial.model, inputs, record), notes)
 
     inputs = with_noise(example_inputs)
     try:

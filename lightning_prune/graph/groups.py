@@ -380,8 +380,8 @@ def build(model: nn.Module, example_inputs: Any, records: Records) -> ChannelGra
         costs,
         frozenset(suspects),
         tuple(resized),
-        {name: tuple(t.shape) for named in (model.named_parameters(), model.named_buffers()) for name, t in named},
-        _weights(model, records),
+        {name: tuple(t.shape) for named in (records.parameters, records.buffers) for name, t in named.items()},
+        _weights(records),
         tuple(term.weight for term in records.terms),
         records.has_training_branch,
     )
@@ -398,13 +398,13 @@ def _indexed(records: Records) -> tuple[_Index, dict[int, str]]:
     return _Index(records, component, slot_of, free), reasons
 
 
-def _weights(model: nn.Module, records: Records) -> tuple[str, ...]:
+def _weights(records: Records) -> tuple[str, ...]:
     """Weights that layers multiply with, in the model's order; not those of norms and embeddings."""
     no = {layer.weight for layer in records.layers if layer.kind in ("norm", "embedding")}
     yes = {term.weight for term in records.terms}
     return tuple(
         name
-        for name, p in model.named_parameters()
+        for name, p in records.parameters.items()
         if p.ndim > 1
         and name in records.touched
         and name not in no
@@ -425,9 +425,12 @@ def _components(records: Records) -> Ids:
 def _reasons(records: Records, component: Ids, count: int) -> dict[int, str]:
     """Frozen component -> the first reason."""
     reasons: dict[int, str] = {}
-    for ids, why in records.frozen:
-        for c in np.unique(component[ids]).tolist():
-            reasons.setdefault(c, why)
+    first = np.full(count, len(records.frozen))
+    for i, (ids, _) in enumerate(records.frozen):
+        at = component[ids]
+        first[at] = np.minimum(first[at], i)
+    for c in np.flatnonzero(first < len(records.frozen)).tolist():
+        reasons[c] = records.frozen[first[c]][1]
     for slot in records.slots:
         if slot.name not in records.touched:
             for c in np.unique(component[slot.offset : slot.offset + slot.size]).tolist():
@@ -478,13 +481,14 @@ def _grouped_units(
     components: list[NDArray[np.int64]] = []
     candidates = np.flatnonzero(index.free)
     candidates = candidates[np.argsort(first[candidates], kind="stable")]
-    by_signature: dict[int, list[int]] = {}
-    for c, s in zip(candidates.tolist(), signature[candidates].tolist(), strict=True):
-        by_signature.setdefault(s, []).append(c)
-    for members in by_signature.values():
-        if len(members) == 1:  # a lone channel cannot go: its layer would be left without one
+    _, begins, kind, sizes = np.unique(
+        signature[candidates], return_index=True, return_inverse=True, return_counts=True
+    )
+    by_kind = np.split(candidates[np.argsort(kind, kind="stable")], np.cumsum(sizes)[:-1])
+    for i in np.argsort(begins).tolist():
+        array = by_kind[i]
+        if len(array) == 1:  # a lone channel cannot go: its layer would be left without one
             continue
-        array = np.array(members, dtype=np.int64)
         group[array] = len(components)
         place[array] = np.arange(len(array))
         components.append(array)
@@ -560,17 +564,18 @@ def _groups(
     suspicious = np.zeros(len(index.free), dtype=bool)
     for ids in records.suspect:
         suspicious[index.component[ids]] = True
-    inexact: dict[int, str] = {}
-    for ids, why in records.inexact:
-        for c in np.unique(index.component[ids]).tolist():
-            inexact.setdefault(c, why)
+    inexact = np.full(len(index.free), len(records.inexact))  # the first that says so
+    for i, (ids, _) in enumerate(records.inexact):
+        at = index.component[ids]
+        inexact[at] = np.minimum(inexact[at], i)
     for g in range(count):
         made_by = producers[g] or followers[g]
         made_by = _with_reader_norms(made_by, norms[g])
         name = made_by[0].name if made_by else members[g][0].name.rpartition(".")[0] or members[g][0].name
         used[name] = used.get(name, 0) + 1
         name = name if used[name] == 1 else f"{name}:{used[name]}"
-        why = next((inexact[c] for c in components[g].tolist() if c in inexact), "")
+        first = int(inexact[components[g]].min())
+        why = records.inexact[first][1] if first < len(records.inexact) else ""
         if suspicious[components[g]].any():
             suspects.add(name)
         out.append(
@@ -600,6 +605,10 @@ def _with_reader_norms(producers: list[Producer], readers: list[Norm]) -> list[P
 
 def _split_by_group(index: _Index, unit_group: NDArray[np.int64], ids: Ids) -> list[tuple[int, Ids]]:
     """Positions of a label array, by group; those of frozen channels left out."""
+    if len(ids) and ids[0] >= 0:
+        groups = unit_group[index.component[ids]]  # of -1 it is the last one's, which the next line finds out
+        if ids.min() >= 0 and (groups == groups[0]).all():  # nearly always
+            return [(int(groups[0]), np.arange(len(ids)))] if groups[0] >= 0 else []
     known = np.flatnonzero(ids >= 0)
     groups = unit_group[index.component[ids[known]]]
     return [(int(g), known[groups == g]) for g in np.unique(groups) if g >= 0]
@@ -608,6 +617,8 @@ def _split_by_group(index: _Index, unit_group: NDArray[np.int64], ids: Ids) -> l
 def _table(component: Ids, positions: Ids, unit_place: NDArray[np.int64], size: int) -> Tensor | None:
     """(C, M): the positions of each channel, in the group's order; None if channels differ in how many they have."""
     places = unit_place[component]
+    if len(places) == size and (places == np.arange(size)).all():  # nearly always
+        return torch.from_numpy(positions.reshape(size, 1).copy())
     order = np.argsort(places, kind="stable")
     if len(positions) % size:
         return None
@@ -753,24 +764,29 @@ def _costs(
         if id(ids) in known:
             return known[id(ids)]
         keep_alive.append(ids)
-        at = ids[ids >= 0]
-        per = np.bincount(unit_group[component[at]] + 1, minlength=groups + 1)
-        row = per[1:] // np.maximum(dense, 1)
-        assert (row * dense == per[1:]).all()
-        base.append(len(ids) - int(per[1:].sum()))
-        rows.append(row.astype(np.int64))
+        at = unit_group[component[ids[ids >= 0]]]
+        row = np.zeros(groups, dtype=np.int64)
+        stay = len(ids)
+        for g in np.unique(at).tolist() if len(at) and (at != at[0]).any() else at[:1].tolist():
+            if g >= 0:
+                count = int((at == g).sum())
+                row[g] = count // dense[g]
+                assert row[g] * dense[g] == count
+                stay -= count
+        base.append(stay)
+        rows.append(row)
         known[id(ids)] = len(base) - 1
         return len(base) - 1
 
     slots: dict[str, list[Slot]] = {}
-    arrays: dict[tuple[str, int], Ids] = {}
     for slot in records.slots:
         slots.setdefault(slot.name, []).append(slot)
-        arrays[slot.name, slot.dim] = np.arange(slot.offset, slot.offset + slot.size)
     flop_terms = [
         (t.coefficient, [size(ids) for d in t.dims for _, ids in d if ids is not None]) for t in records.terms
     ]
-    param_terms = [(1, [size(arrays[s.name, s.dim]) for s in slots.get(name, [])]) for name, _ in model.named_parameters()]
+    param_terms = [
+        (1, [size(records.labels[s.name, s.dim]) for s in slots.get(name, [])]) for name in records.parameters
+    ]
     resized = _resized(model, records, size)
 
     def table(terms: list[tuple[int, list[int]]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -812,7 +828,7 @@ def _resized(model: nn.Module, records: Records, size: Any) -> list[Resized]:
         into: Dim | None = layer.into
         for attribute, which in _ATTRIBUTES[layer.kind]:
             ids = layer.out if which == "out" else (full(into) if into else None)
-            value = getattr(module, attribute, None)
+            value = vars(module).get(attribute)
             value = value[0] if isinstance(value, (tuple, list)) and len(value) == 1 else value
             if ids is None or value != len(ids):
                 continue
@@ -822,16 +838,18 @@ def _resized(model: nn.Module, records: Records, size: Any) -> list[Resized]:
             out.setdefault((owner, "groups"), Resized(owner, "groups", size(ids)))
     # what no layer record told: tied weights, norms without a weight, norms over dimensions flattened into one
     slots = {(slot.name, slot.dim): slot for slot in records.slots}
-    names = {id(t): name for named in (model.named_parameters(), model.named_buffers()) for name, t in named}
+    names = {id(t): name for named in (records.parameters, records.buffers) for name, t in named.items()}
     for owner, module in modules.items():
+        held = vars(module)
         for attribute, key, dim in _HELD:
+            if attribute not in held:
+                continue
             tensor = module._parameters.get(key, module._buffers.get(key))
             slot = slots.get((names.get(id(tensor), ""), dim))
-            value = getattr(module, attribute, None)
+            value = held[attribute]
             value = value[0] if isinstance(value, (tuple, list)) and len(value) == 1 else value
             if slot is not None and value == slot.size and (owner, attribute) not in out:
-                ids = np.arange(slot.offset, slot.offset + slot.size)
-                out[owner, attribute] = Resized(owner, attribute, size(ids))
+                out[owner, attribute] = Resized(owner, attribute, size(records.labels[slot.name, slot.dim]))
     for entry, sized in equations.held(records).items():
         labels = ids_of(sized)
         if len(labels) == 1:

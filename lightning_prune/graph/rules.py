@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
 
 from lightning_prune.graph.labels import (
     Chooser,
@@ -79,11 +78,20 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 def _outputs(out: Any) -> list[Tensor]:
-    return [t for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
+    return [out] if isinstance(out, Tensor) else _tensors(out)
 
 
 def _tensors(*values: Any) -> list[Tensor]:
-    return [t for t in tree_flatten(values)[0] if isinstance(t, Tensor)]
+    """All tensors in arguments, in order, out of lists, tuples and dicts."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += _tensors(*value)
+        elif isinstance(value, dict):
+            found += _tensors(*value.values())
+    return found
 
 
 @rule("unknown")

@@ -131,7 +131,10 @@ class Equation:
 class Records:
     """All that one or more traces of a model have told."""
 
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+    buffers: dict[str, Tensor] = field(default_factory=dict)
     slots: list[Slot] = field(default_factory=list)
+    labels: dict[tuple[str, int], Ids] = field(default_factory=dict)
     size: int = 0
     edges: list[tuple[Ids, Ids]] = field(default_factory=list)
     frozen: list[tuple[Ids, str]] = field(default_factory=list)
@@ -164,31 +167,25 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.skeleton: Skeleton | None = None
         self._rules = rules
         self._virtual: dict[Attribute, Dim] = {}
-        self._ndim = {name: p.ndim for name, p in model.named_parameters()}
+        if not records.parameters:
+            records.parameters, records.buffers = dict(model.named_parameters()), dict(model.named_buffers())
+        parameters, buffers = records.parameters, records.buffers
+        self._ndim = {name: p.ndim for name, p in parameters.items()}
         self._infos: dict[tuple[Any, ...], Info] = {}
         self._alive: list[Tensor] = []
         self.modules = dict(model.named_modules())
         self._paths = {module: name for name, module in self.modules.items()}
         self._path: list[str] = []
-        self._named = {
-            id(tensor): (name, is_buffer)
-            for is_buffer, named in ((True, model.named_buffers()), (False, model.named_parameters()))
-            for name, tensor in named
-        }
-        slots: dict[str, list[Slot]] = {}
-        for slot in records.slots:
-            slots.setdefault(slot.name, []).append(slot)
-        for is_buffer, named in ((False, model.named_parameters()), (True, model.named_buffers())):
-            for name, tensor in named:
-                if name not in slots:
-                    slots[name] = []
-                    for dim, size in enumerate(tensor.shape):
-                        slots[name].append(Slot(name, dim, size, records.size, is_buffer))
-                        records.size += size
-                    records.slots.extend(slots[name])
-                dims = [tracked(np.arange(s.offset, s.offset + s.size)) for s in slots[name]]
-                self._infos[_key(tensor)] = Info(dims, param=name)
-                self._alive.append(tensor)
+        for name, tensor in (*parameters.items(), *buffers.items()):
+            dims = []
+            for dim, size in enumerate(tensor.shape):
+                if (name, dim) not in records.labels:
+                    records.labels[name, dim] = np.arange(records.size, records.size + size)
+                    records.slots.append(Slot(name, dim, size, records.size, name in buffers))
+                    records.size += size
+                dims.append(tracked(records.labels[name, dim]))
+            self._infos[_key(tensor)] = Info(dims, param=name)
+            self._alive.append(tensor)
         self._offsets = [slot.offset for slot in records.slots]
 
     def sized(self, tensor: Tensor, shape: torch.Size) -> torch.Size:
@@ -245,7 +242,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return found
 
     def origin(self, info: Info, makes: Dim) -> str | None:
-        """The parameter a layer's weight is, or was computed from (standardised, normalised), by the labels it makes."""
+        """The parameter that a layer's weight is, or was computed from (standardised, say), by the labels it makes."""
         if info.param is not None or len(makes) != 1 or makes[0][1] is None:
             return info.param
         owners = {self._owner(dim) for dim in info.dims if dim}
@@ -313,14 +310,14 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def couple_grid(self, grid: Ids, axis: int) -> None:
         """What lies at the same index of one axis of a grid of labels is one channel."""
         rows = np.moveaxis(grid, axis, -1).reshape(-1, grid.shape[axis])
-        for row in rows[1:]:
-            self._same_ids(rows[0], row, "an equal split")
+        if len(rows) > 1:
+            self._same_ids(np.tile(rows[0], len(rows) - 1), rows[1:].ravel(), "an equal split")
 
     def couple(self, ids: Ids, parts: int) -> None:
         """The same index of each of ``parts`` equal parts is one channel."""
         rows = ids.reshape(parts, -1)
-        for row in rows[1:]:
-            self._same_ids(rows[0], row, "an equal split")
+        if parts > 1:
+            self._same_ids(np.tile(rows[0], parts - 1), rows[1:].ravel(), "an equal split")
 
     def freeze(self, dims: Sequence[Dim], why: str) -> None:
         """None of these coordinates may go."""
@@ -734,11 +731,14 @@ def _images(values: Sequence[Any]) -> bool:
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Run a model inside without a trace: modes, buffers and random state are as before afterwards, errors included."""
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    modules = list(model.modules())
+    modes = [(module, module.training) for module in modules]
+    buffers = [(b, b.detach().clone()) for module in modules for b in module._buffers.values() if b is not None]
+    devices = sorted(
+        {p.device.index or 0 for m in modules for p in m._parameters.values() if p is not None and p.is_cuda}
+    )
     with ExitStack() as stack:
-        if any(type(module).__name__ == "OptimizedModule" for module in model.modules()):
+        if any(type(module).__name__ == "OptimizedModule" for module in modules):
             stack.enter_context(torch.compiler.set_stance("force_eager"))  # the module that was compiled, as it was
         stack.enter_context(torch.random.fork_rng(devices=devices))
         stack.enter_context(torch.no_grad())
@@ -749,7 +749,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         finally:
             torch.backends.mha.set_fastpath_enabled(fast_path)
             for module, mode in modes:
-                module.training = mode
+                if module.training != mode:
+                    module.training = mode
             for buffer, value in buffers:
                 if buffer.shape == value.shape:
                     buffer.copy_(value)
@@ -792,7 +793,7 @@ class _NeedsValues(Exception):
 
 
 def _copied(value: Any) -> Any:
-    return value.copy() if isinstance(value, (list, set)) else value
+    return value.copy() if isinstance(value, (list, set, dict)) else value
 
 
 def _pass(

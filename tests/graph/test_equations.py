@@ -1,4 +1,4 @@
-"""Attributes that follow: sizes in a model's own code are followed where they can shrink, and else freeze with the line."""
+"""Attributes that follow: sizes in a model's own code shrink along where they can, and else freeze with the line."""
 
 import functools
 from types import SimpleNamespace
@@ -230,7 +230,9 @@ def test_minus_one_takes_what_is_left(net, check_cut):
 
 def test_an_unflatten_module_follows(check_cut):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 16), nn.Unflatten(1, (4, 2, 2)), nn.Conv2d(4, 3, 1), nn.Flatten(), nn.Linear(12, 3))
+    model = nn.Sequential(
+        nn.Linear(5, 16), nn.Unflatten(1, (4, 2, 2)), nn.Conv2d(4, 3, 1), nn.Flatten(), nn.Linear(12, 3)
+    )
     graph = trace(model, ROWS)
     assert sizes(graph) == {"0": 4, "2": 3}
     plan = graph.plan({"0": keep(0, 2, 3, 4)})
@@ -343,7 +345,9 @@ def pairs(net):
 
 def test_the_same_attribute_of_two_modules_follows_in_each_on_its_own(net, check_cut):
     torch.manual_seed(0)
-    model = net(lambda n, x: n.o(n.p(x)) + n.u(n.q(x)), p=pairs(net), q=pairs(net), o=nn.Linear(8, 3), u=nn.Linear(8, 3))
+    model = net(
+        lambda n, x: n.o(n.p(x)) + n.u(n.q(x)), p=pairs(net), q=pairs(net), o=nn.Linear(8, 3), u=nn.Linear(8, 3)
+    )
     graph = trace(model, ROWS)
     assert sizes(graph) == {"p.a": 4, "q.a": 4}
     attributes = graph.plan({"p.a": keep(0, 4), "q.a": keep(0, 1, 3, 4)}).attributes
