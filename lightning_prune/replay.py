@@ -57,19 +57,24 @@ class Notes:
     Attributes:
         calls: calls of operators, by place.
         lengths: of the outputs of layers, by place.
-        is_dead: whether some layer gets nothing but zeros.
+        reads: path of a module with layers -> whether any of them got anything but zeros.
     """
 
     calls: dict[_Place, list[_Note]] = field(default_factory=lambda: defaultdict(list))
     lengths: dict[_Place, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
-    is_dead: bool = False
+    reads: dict[str, bool] = field(default_factory=dict)
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether the layers of some module get nothing but zeros (a recurrent layer's start state alone does not)."""
+        return not all(self.reads.values())
 
     def layer(self, place: _Place, x: Tensor, out: Tensor) -> None:
         """Note a layer. Zeros do not count in a length, so it is that of the cut layer."""
         corner = x
         while corner.ndim > 2:
             corner = corner[..., 0]  # it usually says it, at less cost
-        self.is_dead = self.is_dead or not (bool(corner.any()) or bool(x.any()))
+        self.reads[place[0]] = self.reads.get(place[0], False) or bool(corner.any()) or bool(x.any())
         self.lengths[place].append(torch.linalg.vector_norm(out.float() if out.dtype.itemsize < 4 else out))
 
 

@@ -329,8 +329,17 @@ class ChannelGraph:
                 replace(group, size=len(members[0].indices), members=members, producers=producers, consumers=consumers)
             )
         shapes = {name: plan.current_shape(name) if name in plan.shapes else s for name, s in self.shapes.items()}
-        costs = replace(self.costs, dense=self.counts(plan))
-        return replace(self, groups=tuple(groups), costs=costs, shapes=shapes)
+        counts = self.counts(plan)
+        attributes = self._attributes(counts)
+        resized = tuple(self._now(entry, attributes.get(entry.module, {})) for entry in self.resized)
+        costs = replace(self.costs, dense=counts)
+        return replace(self, groups=tuple(groups), costs=costs, shapes=shapes, resized=resized)
+
+    @staticmethod
+    def _now(entry: Resized, attributes: Mapping[str, int | tuple[int, ...]]) -> Resized:
+        """An entry of an attribute with entries, with those as a plan leaves them."""
+        whole = attributes.get(entry.attribute)
+        return replace(entry, whole=whole) if entry.position is not None and isinstance(whole, tuple) else entry
 
     def explain(self) -> str:
         """Per group what goes together and what it is worth; then what is frozen, why, and what would free it."""

@@ -209,7 +209,8 @@ def _convolution(
     spatial = x.shape[2:] if transposed else out.shape[2:]
     constant = int(np.prod(w.shape[2:], dtype=np.int64) * np.prod(spatial, dtype=np.int64)) * out.shape[0]
     weight = t.origin(wi, per_out)
-    t.flops("conv", constant, [wi.dims[0], wi.dims[1]], weight)
+    if not any(isinstance(a, str) for a in (*t.call.args, *t.call.kwargs.values())):  # padding="same" is not counted
+        t.flops("conv", constant, [wi.dims[0], wi.dims[1]], weight)
     source = None
     ids = _only(made)
     if ids is not None:
@@ -411,6 +412,8 @@ def _layer_norm(t: Tracer, name: str, out: Any, x: Tensor, shape: Sequence[int],
             at = len(dims) - len(shape) + i
             dims[at] = t.same(dims[at], dim, "a layer norm") if dims[at] else dim
     t.inexact(dims[len(dims) - len(shape) :], "a norm runs across it")
+    if weight is None:  # nothing says, in a proof, which channels it ran across
+        t.suspect(dims[len(dims) - len(shape) :])
     said = t.call.args[1] if len(t.call.args) > 1 else t.call.kwargs.get("normalized_shape")
     held = getattr(t.modules.get(t.module), "normalized_shape", None)
     for i, dim in enumerate(dims[len(dims) - len(shape) :]):
@@ -443,6 +446,8 @@ def _group_norm(t: Tracer, name: str, out: Any, x: Tensor, weight: Tensor | None
         if groups > 1:
             t.couple(ids, groups)
         t.inexact([channels], "a norm runs across it")
+        if weight is None:
+            t.suspect([channels])
     else:
         t.freeze([channels], "its group norm has one channel a group, as many as the module says")
     t.flops(
@@ -642,6 +647,10 @@ def _squeeze(t: Tracer, name: str, out: Tensor, x: Tensor, dim: Any = None) -> N
 def _expand(t: Tracer, name: str, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> None:
     dims = broadcast(t, name, [x], out.ndim)
     sizes = t.call.sizes(out.ndim) or [None] * out.ndim
+    if t.call.name == "expand_as":
+        wide = t.info(t.call.args[1]).dims
+        t.set(out, [d or w or untracked(n) for d, w, n in zip(dims, wide, out.shape, strict=True)])
+        return
     made = [untracked(n) if t.form(said) is None else t.made(said) for n, said in zip(out.shape, sizes, strict=True)]
     for dim, said in zip(dims, sizes, strict=True):
         if is_tracked(dim) and said is not None and said != -1:
@@ -691,7 +700,7 @@ def _sliced_at_sizes(t: Tracer, x: Tensor, dim: int, ids: Ids, start: int, stop:
         return False
     ends = []
     for value, end, default in ((at.start, start, 0), (at.stop, stop, x.shape[dim])):
-        if end == default and (value is None or value == default or value >= x.shape[dim]):
+        if end == default and t.form(value) is None and (value is None or value in (0, default) or value >= default):
             continue
         if t.form(value) is None or value < 0:
             return False
@@ -893,7 +902,7 @@ def _reduction(t: Tracer, name: str, out: Any, x: Tensor, *args: Any, **kwargs: 
     over = [t.info(x).dims[i] for i in axes]
     if name != "sum":
         t.inexact(over, f"'{name}' runs across it")
-        t.suspect(over)
+    t.suspect(over)  # exact if what is summed is zero there, which a sigmoid's result is not
     if name == "mean" and t.call.name == "adaptive_avg_pool2d":
         t.flops("adaptive_avg_pool2d", 1, _numel(t, x))
     _reduce(t, out, x, axes)
@@ -901,7 +910,8 @@ def _reduction(t: Tracer, name: str, out: Any, x: Tensor, *args: Any, **kwargs: 
 
 @rule("linalg_vector_norm", "norm")
 def _norm(t: Tracer, name: str, out: Any, x: Tensor, *args: Any, **kwargs: Any) -> None:
-    """Zeros add nothing to a vector norm of order 1 or 2, so a cut is exact."""
+    """Zeros add nothing to a vector norm of order 1 or 2, so a cut is exact where there are zeros."""
+    t.suspect([t.info(x).dims[i] for i in _axes(x, args[1:], kwargs)])
     _reduce(t, out, x, _axes(x, args[1:], kwargs))
 
 
@@ -964,6 +974,47 @@ def _gather(t: Tracer, name: str, out: Tensor, x: Tensor, dim: int, index: Tenso
 @rule("dot", "vdot")
 def _dot(t: Tracer, name: str, out: Tensor, a: Tensor, b: Tensor) -> None:
     _contract(t, t.info(a).dims[0], t.info(b).dims[0])
+
+
+@function("normalize")
+def _normalize(t: Tracer, name: str, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> None:
+    dims = t.info(x).dims
+    dim = kwargs.get("dim", args[1] if len(args) > 1 else 1)
+    t.suspect([dims[d] for d in ([dim] if isinstance(dim, int) else dim)])
+    t.set(out, dims)
+
+
+@function("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
+def _cell(t: Tracer, name: str, out: Any, x: Tensor, state: Any, *weights: Tensor | None) -> None:
+    """One step of a recurrent layer; its state is the result of the one before."""
+    w_ih, w_hh, *biases = [w for w in weights if w is not None]
+    gates = {"lstm_cell": 4, "gru_cell": 3}.get(name, 1)
+    hidden = _gates(t, name, t.info(x).dims[-1], w_ih, w_hh, biases, gates)
+    t.flops("linear", 1, [*_numel(t, x), t.info(w_ih).dims[0]], _param(t, w_ih))
+    t.flops("linear", x.numel() // x.shape[-1], [hidden, t.info(w_ih).dims[0]], _param(t, w_hh))
+    for tensor in _tensors(state):
+        t.same(t.info(tensor).dims[-1] or untracked(tensor.shape[-1]), hidden, f"the states of '{name}'")
+    if t.module:
+        for attribute, dim in (("input_size", t.info(x).dims[-1]), ("hidden_size", hidden)):
+            t.records.equations.append(Equation(dim, Attribute(t.module, attribute, None, size_of(dim)), ""))
+    for tensor in _outputs(out):
+        t.set(tensor, [*map(untracked, tensor.shape[:-1]), hidden])
+
+
+def _gates(t: Tracer, name: str, read: Dim, w_ih: Tensor, w_hh: Tensor, biases: Sequence[Tensor], gates: int) -> Dim:
+    """Couple the gate blocks of one cell by index; returns the labels of its units."""
+    into, recurrent = t.info(w_ih).dims, t.info(w_hh).dims
+    for other in (w_hh, *biases):
+        t.same(into[0], t.info(other).dims[0], f"the gates of '{name}'")
+    grid = full(into[0])
+    assert grid is not None
+    t.couple_grid(grid.reshape(gates, -1), 1)
+    hidden = tracked(grid.reshape(gates, -1)[0].copy())
+    t.same(recurrent[1], hidden, f"the states of '{name}'")
+    t.same(read, into[1], f"'{name}'") if size_of(read) > 1 else t.freeze([into[1]], "it reads one value")
+    t.layer(LayerRecord("linear", t.module, grid, read, _param(t, w_ih), _param(t, biases[0]) if biases else None))
+    t.layer(LayerRecord("linear", t.module, grid, hidden, _param(t, w_hh)))
+    return hidden
 
 
 @function("repeat_interleave")
@@ -1057,21 +1108,9 @@ def _recurrent(t: Tracer, name: str, out: Any, *args: Any, **kwargs: Any) -> Non
         for direction in range(directions):
             at = (layer * directions + direction) * per_cell
             w_ih, w_hh, *biases = weights[at : at + per_cell]
-            into, recurrent = t.info(w_ih).dims, t.info(w_hh).dims
-            for other in (w_hh, *biases):
-                t.same(into[0], t.info(other).dims[0], f"the gates of '{name}'")
-            grid = full(into[0])
-            assert grid is not None
-            t.couple_grid(grid.reshape(gates, -1), 1)
-            hidden = tracked(grid.reshape(gates, -1)[0].copy())
-            t.same(recurrent[1], hidden, f"the states of '{name}'")
+            hidden = _gates(t, name, read, w_ih, w_hh, biases, gates)
             width = t.same(width, hidden, f"the width of '{name}'") if width else hidden
-            t.same(read, into[1], f"'{name}'") if size_of(read) > 1 else t.freeze([into[1]], "it reads one value")
-            t.layer(
-                LayerRecord("linear", t.module, grid, read, _param(t, w_ih), _param(t, biases[0]) if biases else None)
-            )
-            t.layer(LayerRecord("linear", t.module, grid, hidden, _param(t, w_hh)))
-            made.append(grid.reshape(gates, -1)[0])
+            made.append(full(hidden))  # type: ignore[arg-type]
         read = tracked(np.concatenate(made))
     if t.module:
         t.records.equations.append(Equation(width, Attribute(t.module, "hidden_size", None, size_of(width)), ""))

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import torch
+
 from lightning_prune.graph.labels import Dim, merge, untracked
 
 
@@ -171,6 +173,12 @@ class _Arithmetic:
     def __mod__(self, other: Any) -> Any:
         return _result("%", self, other, self.trace)
 
+    def __rmod__(self, other: Any) -> Any:
+        return _result("%", other, self, self.trace)
+
+    def __neg__(self) -> Any:
+        return _result("-", 0, self, self.trace)
+
     def __truediv__(self, other: Any) -> Any:
         return _result("/", self, other, self.trace)
 
@@ -233,6 +241,21 @@ class Ratio(_Arithmetic, float):  # type: ignore[misc]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return float, (float(self),)
+
+
+def plain(value: Any) -> Any:
+    """A value with plain numbers in place of those that remember, inside of lists, tuples and dicts as well."""
+    if isinstance(value, Size):
+        return int(value)
+    if isinstance(value, Ratio):
+        return float(value)
+    if type(value) in (list, tuple, torch.Size):
+        new = [plain(v) for v in value]
+        return value if all(a is b for a, b in zip(new, value, strict=True)) else type(value)(new)
+    if type(value) is dict:
+        changed = {k: p for k, v in value.items() if (p := plain(v)) is not v}
+        return {**value, **changed} if changed else value
+    return value
 
 
 def form_of(value: Any, trace: object) -> Form | None:

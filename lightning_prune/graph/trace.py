@@ -25,9 +25,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from lightning_prune.errors import TraceError
-from lightning_prune.graph.attention import standing_in
+from lightning_prune.graph.attention import is_stand_in, standing_in
 from lightning_prune.graph.labels import Dim, Ids, Info, full, ids_of, is_tracked, merge, tracked, untracked
-from lightning_prune.graph.sizes import Attribute, Form, Read, Size, form_of, leaves
+from lightning_prune.graph.sizes import Attribute, Form, Read, Size, form_of, leaves, plain
 
 _TORCH = str(Path(torch.__file__).parent) + os.sep
 _HERE = str(Path(__file__).parent) + os.sep
@@ -39,10 +39,6 @@ _UNCOUNTED = frozenset(
         "gru",
         "rnn_tanh",
         "rnn_relu",
-        "lstm_cell",
-        "gru_cell",
-        "rnn_tanh_cell",
-        "rnn_relu_cell",
         "baddbmm",
         "addbmm",
         "mv",
@@ -209,6 +205,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def claim(self, dim: Dim, value: Any) -> None:
         """The model's code says a number for the size of a dimension; where that is a mere number, it is doubtful."""
         form = self.form(value)
+        if isinstance(form, Attribute) and not is_stand_in(self.modules[form.module]):
+            self.suspect([dim])  # it may mean something else as well: how often a loop runs, say
         if form is not None:
             if is_tracked(dim) or any(not isinstance(leaf, Read) or is_tracked(leaf.dim) for leaf in leaves(form)):
                 self.records.equations.append(Equation(dim, form, self._where()))
@@ -619,11 +617,10 @@ def remembered_sizes(model: nn.Module, trace: object) -> Iterator[None]:
             if held.get(name) is new:
                 held[name] = value
         for module in model.modules():  # what the forward itself kept of sizes it saw
-            for name, value in list(vars(module).items()):
-                if type(value) is Size:
-                    vars(module)[name] = int(value)
-                elif type(value) in (tuple, list, torch.Size) and any(type(v) is Size for v in value):
-                    vars(module)[name] = type(value)([int(v) if type(v) is Size else v for v in value])
+            held = vars(module)
+            for name, value in list(held.items()):
+                if (number := plain(value)) is not value:
+                    held[name] = number
 
 
 @contextmanager
