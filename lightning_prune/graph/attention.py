@@ -384,6 +384,7 @@ _TABLE: dict[tuple[str, str], Callable[[type[nn.Module]], type[nn.Module] | None
     ("timm.models.beit", "Attention"): _Source(),
     ("timm.models.cait", "ClassAttn"): _Source(),
     ("timm.models.cait", "TalkingHeadAttn"): _Source(),
+    ("timm.models.coat", "FactorAttnConvRelPosEnc"): _Source(),
     ("timm.models.convit", "GPSA"): _Source(methods=("forward", "get_attention")),
     ("timm.models.convit", "MHSA"): _Source(),
     ("timm.models.crossvit", "CrossAttention"): _Source(),

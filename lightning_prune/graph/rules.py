@@ -341,8 +341,11 @@ def _bmm(t: Tracer, name: str, out: Tensor, *args: Any, **kwargs: Any) -> None:
 )  # fmt: skip
 def _attention(t: Tracer, name: str, out: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> None:
     qi, ki, vi = t.info(q), t.info(k), t.info(v)
-    why = "it is the width of an attention head, which the softmax scale is derived from"
-    t.freeze([qi.dims[-1], ki.dims[-1]], why)
+    if name == "scaled_dot_product_attention" and kwargs.get("scale") is not None and t.form(kwargs["scale"]) is None:
+        t.same(qi.dims[-1], ki.dims[-1], "attention")  # the softmax scale is a number, so it stays
+    else:
+        why = "it is the width of an attention head, which the softmax scale is derived from"
+        t.freeze([qi.dims[-1], ki.dims[-1]], why)
     t.freeze([vi.dims[-1]], "it is the width of an attention head, which torch lays out by the query's")
     lead = list(qi.dims[:-2])
     for other in (k, v):
@@ -974,6 +977,15 @@ def _gather(t: Tracer, name: str, out: Tensor, x: Tensor, dim: int, index: Tenso
 @rule("dot", "vdot")
 def _dot(t: Tracer, name: str, out: Tensor, a: Tensor, b: Tensor) -> None:
     _contract(t, t.info(a).dims[0], t.info(b).dims[0])
+
+
+@function("scaled_dot_product_attention")
+def _attention_called(
+    t: Tracer, name: str, out: Tensor, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+) -> None:  # fmt: skip
+    """As the model calls it, whichever kernel torch takes."""
+    _attention(t, name, out, q, k, v, attn_mask=attn_mask, scale=scale)
 
 
 @function("normalize")

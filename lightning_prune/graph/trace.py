@@ -162,6 +162,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.muted = 0
         self.skeleton: Skeleton | None = None
         self._rules = rules
+        self._known: dict[Any, tuple[str, Callable[..., None], bool]] = {}
         self._virtual: dict[Attribute, Dim] = {}
         if not records.parameters:
             records.parameters, records.buffers = dict(model.named_parameters()), dict(model.named_buffers())
@@ -173,13 +174,13 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._paths = {module: name for name, module in self.modules.items()}
         self._path: list[str] = []
         for name, tensor in (*parameters.items(), *buffers.items()):
-            dims = []
+            dims: list[Dim] = []
             for dim, size in enumerate(tensor.shape):
                 if (name, dim) not in records.labels:
                     records.labels[name, dim] = np.arange(records.size, records.size + size)
                     records.slots.append(Slot(name, dim, size, records.size, name in buffers))
                     records.size += size
-                dims.append(tracked(records.labels[name, dim]))
+                dims.append(((size, records.labels[name, dim]),) if size > 1 else ())
             self._infos[_key(tensor)] = Info(dims, param=name)
             self._alive.append(tensor)
         self._offsets = [slot.offset for slot in records.slots]
@@ -388,23 +389,30 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        mutated = args[0] if func._schema.name.endswith("_") and args and isinstance(args[0], Tensor) else None
+        name, rule, in_place = self._known.get(func) or self._lookup(func)
+        mutated = args[0] if in_place and args and isinstance(args[0], Tensor) else None
         before = None if mutated is None else (_key(mutated), tuple(mutated.shape), self.info(mutated))
         out = func(*args, **kwargs) if self.skeleton is None else self.skeleton(func, args, kwargs)
         if self.muted:
             return out
         if mutated is not None and before is not None and _key(mutated) != before[0]:
-            self._relaid(mutated, before[1], before[2], func._schema.name)
+            self._relaid(mutated, before[1], before[2], name)
             return out
-        name = func._schema.name[6:] if func._schema.name.startswith("aten::") else func._schema.name
+        if "out" in kwargs:  # what was written to is `out` already
+            kwargs = {key: value for key, value in kwargs.items() if key != "out"}
+        rule(self, name, out, *args, **kwargs)
+        return out
+
+    def _lookup(self, func: Any) -> tuple[str, Callable[..., None], bool]:
+        """An operator's name, its rule, and whether it works in place."""
+        name = func._schema.name.removeprefix("aten::")
         rule = self._rules.get(name)
         if rule is None and torch.Tag.pointwise in func.tags:
             rule = self._rules["pointwise"]
         if rule is None and name.endswith("_"):
             rule = self._rules.get(name[:-1])
-        named = {key: value for key, value in kwargs.items() if key != "out"}  # what was written to is `out` already
-        (rule or self._rules["unknown"])(self, name, out, *args, **named)
-        return out
+        self._known[func] = name, rule or self._rules["unknown"], name.endswith("_")
+        return self._known[func]
 
     def _relaid(self, tensor: Tensor, shape: tuple[int, ...], info: Info, name: str) -> None:
         """A tensor got another layout in place: known where its shape stayed (another memory format)."""
@@ -594,12 +602,14 @@ _HOLD_SIZES = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Transformer
 def remembered_sizes(model: nn.Module, trace: object) -> Iterator[None]:
     """The integers that modules hold remember, inside, that they are attributes; put back afterwards."""
     before: list[tuple[dict[str, Any], str, Any, Any]] = []
+    theirs: list[dict[str, Any]] = []
     try:
         for path, module in model.named_modules():
             own = type(module).__module__.startswith("torch.nn.modules")
             if own and not isinstance(module, _HOLD_SIZES):
                 continue
             held = vars(module)
+            theirs.append(held)
             for name, value in list(held.items()):
                 if type(value) is int and value > 1:
                     new: Any = Size(value, Attribute(path, name, None, value), trace)
@@ -616,8 +626,7 @@ def remembered_sizes(model: nn.Module, trace: object) -> Iterator[None]:
         for held, name, value, new in before:
             if held.get(name) is new:
                 held[name] = value
-        for module in model.modules():  # what the forward itself kept of sizes it saw
-            held = vars(module)
+        for held in theirs:  # what the forward itself kept of sizes it saw
             for name, value in list(held.items()):
                 if (number := plain(value)) is not value:
                     held[name] = number
