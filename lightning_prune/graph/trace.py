@@ -478,6 +478,7 @@ class Call(TorchFunctionMode):
                 out = func(*args, **kwargs)
             finally:
                 self._tracer.muted -= 1
+            kwargs.pop("out", None)  # what was written to is `out` already
             followed(self._tracer, name, out, *args, **kwargs)
             return out
         finally:
