@@ -448,3 +448,113 @@ def test_a_view_that_asks_for_its_size_stays_prunable_though_it_traces_like_one_
     graph = trace(model, IMAGES)
     assert {group.name: group.size for group in graph.groups} == {"a": 6, "b": 7}
     check_cut(graph)
+
+
+# functions that are followed as a whole
+
+
+@pytest.mark.parametrize("cell", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+def test_a_loop_over_a_recurrent_cell_loses_units_of_all_its_gates_and_costs_what_is_counted(cell, net, check_cut):
+    # each step is two linear layers, as fvcore counts it
+    torch.manual_seed(0)
+
+    def forward(n, x):
+        state = None
+        for step in range(x.shape[1]):
+            state = n.r(n.a(x[:, step]).relu(), state)
+        return n.l(state[0] if isinstance(state, tuple) else state)
+
+    model = net(forward, a=nn.Linear(5, 6), r=cell(6, 8), l=nn.Linear(8, 2))
+    graph = trace(model, SERIES)
+    assert {group.name: group.size for group in graph.groups} == {"a": 6, "r": 8}
+    cut = check_cut(graph)
+    assert (cut.r.input_size, cut.r.hidden_size) == (cut.a.out_features, cut.l.in_features)
+
+
+class Grouped(nn.Module):
+    """Four heads of queries read two of keys and values; the scale is a number."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.width = 4, 2, 3
+        self.q, self.kv, self.o = nn.Linear(5, 12), nn.Linear(5, 12), nn.Linear(12, 2)
+
+    def forward(self, x):
+        b, n, _ = x.shape
+        q = self.q(x).view(b, n, self.num_heads, self.width).transpose(1, 2)
+        k, v = self.kv(x).view(b, n, 2, self.num_kv_heads, self.width).permute(2, 0, 3, 1, 4)
+        k, v = (t.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1) for t in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v, scale=0.5)
+        return self.o(y.transpose(1, 2).flatten(2))
+
+
+def test_query_heads_go_with_the_head_of_keys_and_values_they_share(check_cut):
+    torch.manual_seed(0)
+    graph = trace(Grouped(), SERIES)
+    assert {group.name: group.size for group in graph.groups} == {"q": 2}
+    rows = {(m.name, m.dim): m.indices.tolist() for m in graph.group("q").members}
+    assert rows["q.weight", 0] == [list(range(6)), list(range(6, 12))]  # two heads of width 3 each
+    assert rows["kv.weight", 0] == [[0, 1, 2, 6, 7, 8], [3, 4, 5, 9, 10, 11]]  # of keys, and of values
+    cut = check_cut(graph)
+    assert (cut.num_heads, cut.num_kv_heads) == (2, 1)
+
+
+class OneHead(nn.Module):
+    """Attention with one head, whose scale is a number or derived from the width."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(5, 6), nn.Linear(5, 6), nn.Linear(5, 4), nn.Linear(4, 2))
+        self.scale = scale
+
+    def forward(self, x):
+        return self.o(F.scaled_dot_product_attention(self.q(x), self.k(x), self.v(x), scale=self.scale))
+
+
+def test_the_width_of_a_head_goes_where_the_softmax_scale_is_a_number_and_not_where_torch_derives_it(check_cut):
+    torch.manual_seed(0)
+    graph = trace(OneHead(0.5), SERIES)
+    assert {group.name: group.size for group in graph.groups} == {"q": 6}
+    check_cut(graph)
+    derived = trace(OneHead(None), SERIES)
+    assert derived.groups == ()
+    assert "which the softmax scale is derived from" in derived.frozen["q"]
+
+
+def test_vectors_of_unit_length_lose_channels_and_a_lookup_along_another_axis_keeps_them(net, check_cut):
+    torch.manual_seed(0)
+
+    def forward(n, x):
+        y = F.normalize(n.a(x), dim=-1)  # (B, T, C)
+        order = torch.tensor([2, 0, 3, 1]).view(1, 4, 1).expand_as(y)
+        return n.l(y.gather(1, order))
+
+    graph = trace(net(forward, a=nn.Linear(5, 6), l=nn.Linear(6, 2)), SERIES)
+    assert {group.name: group.size for group in graph.groups} == {"a": 6}
+    check_cut(graph)
+
+
+def test_a_convolution_with_padding_in_words_costs_nothing_as_fvcore_counts(net, check_cut):
+    torch.manual_seed(0)
+    model = net(lambda n, x: n.l(area(n.a(x))), a=conv(3, 6, padding="same"), l=nn.Linear(6, 2))
+    graph = trace(model, IMAGES)
+    assert graph.cost().conv_linear_flops == 12
+    check_cut(graph)
+
+
+@pytest.mark.parametrize("equation", ["bij,bjk->bik", "bij,bkj->bki", "bij,bij->bi", "...j,j->...", "bij->bji"])
+def test_an_einsum_costs_what_fvcore_counts_and_its_letters_are_channels(equation, net, check_cut):
+    torch.manual_seed(0)
+
+    def forward(n, x):
+        y = n.a(x)  # (B, T, C)
+        second = {"bij,bjk->bik": y.transpose(1, 2), "bij,bkj->bki": y, "bij,bij->bi": y, "...j,j->...": n.w}
+        out = torch.einsum(equation, *([y, second[equation]] if equation in second else [y]))
+        if equation == "bij->bji":
+            return n.l(out.transpose(1, 2))
+        return out.mean(-1) if out.ndim == 3 else out
+
+    model = net(forward, a=nn.Linear(5, 6), w=nn.Parameter(torch.randn(6)), l=nn.Linear(6, 2))
+    graph = trace(model, SERIES)
+    assert graph.group("a").size == 6
+    check_cut(graph)
