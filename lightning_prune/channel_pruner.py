@@ -179,7 +179,7 @@ class ChannelPruner(Pruner):
     @override
     def _prepare(self, model: nn.Module) -> None:
         graph = self.graph
-        ignored = matching(model, self.ignore)
+        ignored = matching(model, self.ignore) if self.ignore else set()
         self._groups: list[Group] = [g for g in graph.groups if g.producers and not _is_ignored(g, ignored)]
         if not self._groups:
             reasons = [f"{name}: {why}" for name, why in list(graph.frozen.items())[:8]]
@@ -232,17 +232,17 @@ class ChannelPruner(Pruner):
                 view.kept = self._statistics.kept[name]
 
     def _counts(self, counts: Mapping[str, int]) -> Any:
-        kept = self.graph.costs.dense.copy()
-        for name, n in counts.items():
-            kept[self.graph._by_name[name]] = n
+        graph = self.graph
+        kept = graph.costs.dense.copy()
+        kept[[graph._by_name[name] for name in counts]] = list(counts.values())
         return kept
 
     def _measured_cost(self, counts: Mapping[str, int]) -> int:
         """What the budget bounds, for channel counts."""
         if self.budget.of == "units":
             return sum(counts.get(name, int(mask.sum())) for name, mask in self._alive.items())
-        flops, params = self.graph.costs.flops_and_params(self._counts(counts))
-        return flops if self.budget.of == "flops" else params
+        costs, kept = self.graph.costs, self._counts(counts)
+        return int(costs.flop_terms(kept).sum()) if self.budget.of == "flops" else costs.flops_and_params(kept)[1]
 
     def _dense_measure(self) -> int:
         assert self._dense_cost is not None

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_prune.errors import NonFiniteScore, UnmeetableBudget
@@ -154,32 +156,43 @@ def rank_uniform(
     """
     check_finite(scores)
     own = dict(keep or {})
+    names = list(scores)
     sizes = {name: len(score) for name, score in scores.items()}
+    size = np.array(list(sizes.values()), dtype=np.int64)
+    full = np.array([dense[name] for name in names], dtype=np.float64)
+    least = np.minimum(size, [(floors or {}).get(name, 1) for name in names])
+    fixed = np.array([name in own for name in names])
+    fractions = np.array([own.get(name, 0.0) for name in names])
 
-    def wanted(name: str, fraction: float) -> float:
-        return min(float(sizes[name]), own.get(name, fraction) * dense[name])
+    def wanted(fraction: float) -> NDArray[np.float64]:
+        return np.minimum(size, np.where(fixed, fractions, fraction) * full)
 
-    def counts(fraction: float) -> dict[str, int]:
-        return {
-            n: max(
-                min(sizes[n], (floors or {}).get(n, 1)),
-                round_count(max(1, int(wanted(n, fraction) + 1e-9)), sizes[n], round_to),
-            )
-            for n in sizes
-        }
+    def counts(fraction: float) -> list[int]:
+        whole = np.maximum(1, (wanted(fraction) + 1e-9).astype(np.int64))
+        rounded = np.where(whole >= size, size, np.minimum(size, np.maximum(round_to, whole - whole % round_to)))
+        kept: list[int] = np.maximum(least, rounded).tolist()
+        return kept
 
-    if not fits(counts(0.0)):
+    known: dict[tuple[int, ...], bool] = {}  # most steps of the bisection change no count
+
+    def fit(fraction: float) -> bool:
+        count = tuple(counts(fraction))
+        if count not in known:
+            known[count] = fits(dict(zip(names, count, strict=True)))
+        return known[count]
+
+    if not fit(0.0):
         raise UnmeetableBudget("even the fewest channels allowed do not fit")
     low, high = 0.0, 1.0
-    if fits(counts(1.0)):
+    if fit(1.0):
         low = 1.0
     for _ in range(50):
         middle = (low + high) / 2
-        low, high = (middle, high) if fits(counts(middle)) else (low, middle)
-    kept = counts(low)
-    by_loss = sorted(sizes, key=lambda n: kept[n] - wanted(n, low))
-    for name in by_loss:
-        if name not in own and kept[name] < wanted(name, low) - 1e-6:
+        low, high = (middle, high) if fit(middle) else (low, middle)
+    kept = dict(zip(names, counts(low), strict=True))
+    target = dict(zip(names, wanted(low).tolist(), strict=True))
+    for name in sorted(names, key=lambda n: kept[n] - target[n]):
+        if name not in own and kept[name] < target[name] - 1e-6:
             _give_back(kept, name, sizes[name], round_to, fits)
     return {n: top_mask(score.detach().double().cpu(), kept[n]) for n, score in scores.items()}
 

@@ -152,7 +152,6 @@ class Record(Aligned):  # type: ignore[no-untyped-call]
             self.notes.layer(self.place, operator.read(args), out)
         return out
 
-
     def _without_gone(self, name: str, args: Any) -> Any:
         x, *rest = args
         affine, dim = (rest[:2], 1) if name == "native_group_norm" else (rest[1:3], -1)

@@ -114,9 +114,11 @@ def cut(
         _warn_of(proof.prove(operation, inputs, graph is None or graph.has_training_branch), graph, plan)
     else:
         operation.apply()
-    follow(optimizers, operation.cuts())
+    if optimizers:
+        follow(optimizers, operation.cuts())
     operation.finish()
-    found.add_to(model, operation.kept)
+    if found:
+        found.add_to(model, operation.kept)
     _applied[model] = plan if since == earlier else compose(earlier, plan)
     return Report(
         before=before,
@@ -152,22 +154,21 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def _named_modules(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
-    """The modules a plan names attributes of."""
-    named = dict(model.named_modules())
+def _with_attributes(model: nn.Module, named: Mapping[str, nn.Module], plan: Plan) -> dict[str, nn.Module]:
+    """The modules, of all by name, that a plan names attributes of."""
     if missing := next((name for name in plan.attributes if name not in named), None):
         raise ValueError(f"the plan names attributes of {missing!r}, which {type(model).__name__} does not have")
     return {name: named[name] for name in plan.attributes}
 
 
-def _holders(model: nn.Module, names: Iterable[str]) -> list[nn.Module]:
-    """Modules that hold, somewhere inside, what these names name."""
+def _holders(modules: Mapping[str, nn.Module], names: Iterable[str]) -> list[nn.Module]:
+    """Modules, of all by name, that hold, somewhere inside, what these names name."""
     paths: set[str] = set()
     for name in names:
         while name and name not in paths:
             paths.add(name)
             name = name.rpartition(".")[0]
-    return [module for path, module in model.named_modules() if path in paths or not path]
+    return [module for path, module in modules.items() if path in paths or not path]
 
 
 def _is_of_now(tensors: Mapping[str, Tensor], plan: Plan, earlier: Plan) -> bool:
@@ -215,8 +216,9 @@ class _Operation:
         self._shapes = {name: tuple(t.shape) for name, t in self._tensors.items()}
         self._originals = {name: t.detach() for name, t in self._tensors.items()}
         self._trial: dict[str, Tensor] = {}
-        self._modules = _named_modules(model, plan)
-        self._holders = _holders(model, [*plan.attributes, *plan.shapes])
+        modules = dict(model.named_modules())
+        self._modules = _with_attributes(model, modules, plan)
+        self._holders = _holders(modules, [*plan.attributes, *plan.shapes])
         self._attributes = {
             (name, key): getattr(module, key, None)
             for name, module in self._modules.items()
@@ -327,7 +329,7 @@ class _Operation:
 
     def removed(self) -> dict[str, dict[int, int]]:
         return {
-            name: {dim: self._shapes[name][dim] - len(kept) for dim, kept in dims.items()}
+            name: {dim: self._shapes[name][dim] - kept.shape[0] for dim, kept in dims.items()}
             for name, dims in self.kept.items()
         }
 
@@ -501,7 +503,7 @@ def reshape_like(
     owners = {name.rpartition(".")[0] for name in changed}
     modules = dict(model.named_modules())
     attributes = {} if plan is None else {name: v for name, v in plan.attributes.items() if name in modules}
-    for module in _holders(model, [*attributes, *changed]):
+    for module in _holders(modules, [*attributes, *changed]):
         _swap(module)  # which reads sizes, so before they change
     with torch.no_grad():
         for name, shape in changed.items():
@@ -615,4 +617,4 @@ def compose(previous: Plan, step: Plan) -> Plan:
     groups = dict(previous.groups)
     for name, (kept_count, size) in step.groups.items():
         groups[name] = (kept_count, previous.groups[name][1] if name in previous.groups else size)
-    return Plan(kept=composed[0], buffers=composed[1], shapes=shapes, attributes=attributes, groups=groups)
+    return Plan._of_valid(composed[0], composed[1], shapes, attributes, groups)

@@ -94,8 +94,8 @@ def foreign(target: str, floor: int) -> str | None:
         return f"but only floor {LIGHTNING} and those after it know Lightning"
     if floor == 0 and (top == "torch" and f"{target}.".startswith("torch.nn.")):
         return "but floor 0 knows no module"
-    if floor == 0 and top != "torch" and top not in sys.stdlib_module_names:
-        return "but floor 0 stands on torch alone"
+    if floor == 0 and top not in ("torch", "numpy") and top not in sys.stdlib_module_names:
+        return "but floor 0 stands on torch and NumPy alone"
     return None
 
 
@@ -148,7 +148,7 @@ def test_a_house_in_order_has_no_violation():
         ({"decision": "from torch import nn"}, "floor 0 knows no module"),
         ({"decision": "import torch.nn.functional as F"}, "floor 0 knows no module"),
         ({"decision": "import torch\nLAYER = torch.nn.Linear"}, "floor 0 knows no module"),
-        ({"decision": "import numpy"}, "floor 0 stands on torch alone"),
+        ({"decision": "import scipy"}, "floor 0 stands on torch and NumPy alone"),
         ({"graph__labels": "from lightning_prune.graph.rules import RULES"}, "imports go round in a circle"),
         ({"utils": ""}, "utils.py is on no floor"),
     ],

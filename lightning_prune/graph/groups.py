@@ -6,8 +6,9 @@ often, are a *group*; ranking chooses among the channels of a group, or of all g
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -180,9 +181,9 @@ class ChannelGraph:
         Raises:
             ValueError: for an unknown group, a mask of another shape, or a group left without a channel.
         """
-        kept: dict[str, dict[int, Tensor]] = {}
-        buffers: dict[str, dict[int, Tensor]] = {}
-        removed: dict[tuple[str, int, bool], list[Tensor]] = {}
+        tables = self._tables
+        stays = np.ones(sum(group.size for group in self.groups), dtype=bool)
+        touched: dict[int, None] = {}
         counts = self.costs.dense.copy()
         groups: dict[str, tuple[int, int]] = {}
         for name, mask in keep.items():
@@ -194,25 +195,30 @@ class ChannelGraph:
                 raise ValueError(
                     f"group {name!r} wants a bool mask of shape ({group.size},), got {mask.dtype} {tuple(mask.shape)}"
                 )
-            if not mask.any():
+            i = self._by_name[name]
+            n = int(mask.sum())
+            if not n:
                 raise ValueError(f"group {name!r} would be left without a channel")
-            counts[self._by_name[name]] = int(mask.sum())
-            groups[name] = (int(mask.sum()), group.size)
-            if mask.all():
-                continue
-            for member in group.members:
-                removed.setdefault((member.name, member.dim, member.is_buffer), []).append(
-                    member.indices[~mask].reshape(-1)
-                )
+            counts[i] = n
+            groups[name] = (n, group.size)
+            if n < group.size:
+                stays[tables.first_channel[i] : tables.first_channel[i] + group.size] = mask.numpy()
+                touched.update(dict.fromkeys(tables.slots_of[i]))
+        kept: dict[str, dict[int, Tensor]] = {}
+        buffers: dict[str, dict[int, Tensor]] = {}
         shapes: dict[str, tuple[int, ...]] = {}
-        for (name, dim, is_buffer), gone in removed.items():
-            alive = torch.ones(self.shapes[name][dim], dtype=torch.bool)
-            alive[torch.cat(gone)] = False
-            if not alive.any():
+        alive = tables.alive(stays)
+        for slot in touched:
+            name, dim, is_buffer = tables.slots[slot]
+            if not len(alive[slot]):
                 raise ValueError(f"{name!r} would be left without an index in dimension {dim}")
-            (buffers if is_buffer else kept).setdefault(name, {})[dim] = alive.nonzero().squeeze(1)
+            (buffers if is_buffer else kept).setdefault(name, {})[dim] = torch.from_numpy(alive[slot])
             shapes[name] = self.shapes[name]
-        return Plan(kept=kept, buffers=buffers, shapes=shapes, attributes=self._attributes(counts), groups=groups)
+        return Plan._of_valid(kept, buffers, shapes, self._attributes(counts), groups)
+
+    @cached_property
+    def _tables(self) -> _Tables:
+        return _Tables.of(self.groups, self.shapes)
 
     def _attributes(self, counts: NDArray[np.int64]) -> dict[str, dict[str, int | tuple[int, ...]]]:
         before = self.costs.base + self.costs.per_group @ self.costs.dense
@@ -300,40 +306,35 @@ class ChannelGraph:
         Args:
             plan: made by `plan` of this graph.
         """
-        places: dict[tuple[str, int], Tensor] = {}
-        for name, dims in {**plan.kept, **plan.buffers}.items():
-            for dim, kept in dims.items():
-                place = torch.full((self.shapes[name][dim],), -1, dtype=torch.long)
-                place[kept] = torch.arange(len(kept))
-                places[name, dim] = place
-
-        def moved(name: str, dim: int, indices: Tensor) -> Tensor:
-            if (name, dim) not in places:
-                return indices
-            new = places[name, dim][indices]
-            return new[(new >= 0).all(dim=1)]
-
+        tables = self._tables.after({**plan.kept, **plan.buffers})
+        new = tables.split()
+        made = [tuple([Member(m.name, m.dim, next(new), m.is_buffer) for m in group.members]) for group in self.groups]
         groups = []
-        for group in self.groups:
-            members = tuple(Member(m.name, m.dim, moved(m.name, m.dim, m.indices), m.is_buffer) for m in group.members)
+        for group, members in zip(self.groups, made, strict=True):
             producers = tuple(
-                replace(
-                    p,
-                    indices=moved(p.weight, p.dim, p.indices),
-                    norms=tuple(Norm(n.gamma, n.beta, moved(n.gamma, 0, n.indices)) for n in p.norms),
+                Producer(
+                    p.name,
+                    p.weight,
+                    p.bias,
+                    p.dim,
+                    next(new),
+                    tuple([Norm(n.gamma, n.beta, next(new)) for n in p.norms]),
+                    p.gated,
+                    p.scale_free,
                 )
                 for p in group.producers
             )
-            consumers = tuple(replace(c, indices=moved(c.weight, c.dim, c.indices)) for c in group.consumers)
-            groups.append(
-                replace(group, size=len(members[0].indices), members=members, producers=producers, consumers=consumers)
-            )
+            consumers = tuple([Consumer(c.name, c.weight, c.dim, next(new)) for c in group.consumers])
+            size = members[0].indices.shape[0]
+            groups.append(Group(group.name, size, members, producers, consumers, group.exact, group.inexact_because))
         shapes = {name: plan.current_shape(name) if name in plan.shapes else s for name, s in self.shapes.items()}
         counts = self.counts(plan)
         attributes = self._attributes(counts)
         resized = tuple(self._now(entry, attributes.get(entry.module, {})) for entry in self.resized)
         costs = replace(self.costs, dense=counts)
-        return replace(self, groups=tuple(groups), costs=costs, shapes=shapes, resized=resized)
+        graph = replace(self, groups=tuple(groups), costs=costs, shapes=shapes, resized=resized)
+        vars(graph)["_tables"] = tables
+        return graph
 
     @staticmethod
     def _now(entry: Resized, attributes: Mapping[str, int | tuple[int, ...]]) -> Resized:
@@ -344,6 +345,124 @@ class ChannelGraph:
     def explain(self) -> str:
         """Per group what goes together and what it is worth; then what is frozen, why, and what would free it."""
         return str(explain(self))
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """All index tables of a graph's groups in one array, so that no step has to be taken table by table.
+
+    The tables of members come first, group by group; then, group by group, those of producers with their norms, and of
+    consumers. A slot is a dimension of a parameter or buffer.
+
+    Attributes:
+        slots: (name, dim, whether it is a buffer); sizes: (S,) how long that dimension is.
+        slot, group, rows, width: (T,) of each table.
+        members: how many tables are of members.
+        places: (N,) all entries, table after table, row after row: places in the table's slot.
+        slots_of: per group, the slots of its members.
+    """
+
+    slots: Sequence[tuple[str, int, bool]]
+    sizes: NDArray[np.int64]
+    slot: NDArray[np.int64]
+    group: NDArray[np.int64]
+    rows: NDArray[np.int64]
+    width: NDArray[np.int64]
+    members: int
+    places: NDArray[np.int64]
+    slots_of: Sequence[Sequence[int]]
+
+    @classmethod
+    def of(cls, groups: Sequence[Group], shapes: Mapping[str, tuple[int, ...]]) -> _Tables:
+        slots: dict[tuple[str, int], int] = {}
+        kinds: list[bool] = []
+        slot: list[int] = []
+        at: list[int] = []
+        tables: list[NDArray[np.int64]] = []
+
+        def add(name: str, dim: int, g: int, indices: Tensor, is_buffer: bool = False) -> None:
+            if (name, dim) not in slots:
+                slots[name, dim] = len(slots)
+                kinds.append(is_buffer)
+            slot.append(slots[name, dim])
+            at.append(g)
+            tables.append(indices.numpy())
+
+        for g, group in enumerate(groups):
+            for m in group.members:
+                add(m.name, m.dim, g, m.indices, m.is_buffer)
+        members = len(tables)
+        slots_of: list[list[int]] = [[] for _ in groups]
+        for s, g in zip(slot, at, strict=True):
+            slots_of[g].append(s)
+        for g, group in enumerate(groups):
+            for p in group.producers:
+                add(p.weight, p.dim, g, p.indices)
+                for n in p.norms:
+                    add(n.gamma, 0, g, n.indices)
+            for c in group.consumers:
+                add(c.weight, c.dim, g, c.indices)
+        return cls(
+            [(name, dim, kind) for (name, dim), kind in zip(slots, kinds, strict=True)],
+            np.array([shapes[name][dim] for name, dim in slots], dtype=np.int64),
+            np.array(slot, dtype=np.int64),
+            np.array(at, dtype=np.int64),
+            np.array([len(table) for table in tables], dtype=np.int64),
+            np.array([table.shape[1] for table in tables], dtype=np.int64),
+            members,
+            np.concatenate([table.reshape(-1) for table in tables]) if tables else np.zeros(0, dtype=np.int64),
+            slots_of,
+        )
+
+    @cached_property
+    def first_channel(self) -> NDArray[np.int64]:
+        """(G,) number of each group's first channel, where those of all groups are counted through."""
+        size = np.zeros(len(self.slots_of), dtype=np.int64)
+        size[self.group[: self.members]] = self.rows[: self.members]
+        return _starts(size)
+
+    def alive(self, stays: NDArray[np.bool_]) -> list[NDArray[np.int64]]:
+        """Per slot its indices that stay, if of all channels these do."""
+        rows, width = self.rows[: self.members], self.width[: self.members]
+        row = np.arange(rows.sum()) + np.repeat(self.first_channel[self.group[: self.members]] - _starts(rows), rows)
+        gone = np.repeat(~stays[row], np.repeat(width, rows))
+        first = _starts(self.sizes)
+        left = np.ones(self.sizes.sum(), dtype=bool)
+        left[(self.places[: len(gone)] + np.repeat(first[self.slot[: self.members]], rows * width))[gone]] = False
+        indices = np.flatnonzero(left)
+        ends = [*np.searchsorted(indices, first).tolist(), len(indices)]
+        return [indices[a:b] - f for a, b, f in zip(ends, ends[1:], first.tolist(), strict=False)]
+
+    def after(self, kept: Mapping[str, Mapping[int, Tensor]]) -> _Tables:
+        """The tables once only these indices of each dimension are left; rows without one of theirs are gone."""
+        first = _starts(self.sizes)
+        sizes = self.sizes.copy()
+        moved = np.arange(self.sizes.sum()) - np.repeat(first, self.sizes)
+        for s, (name, dim, _) in enumerate(self.slots):
+            index = kept.get(name, {}).get(dim)
+            if index is not None:
+                part = moved[first[s] : first[s] + self.sizes[s]]
+                part[:] = -1
+                part[index.numpy()] = np.arange(index.shape[0])
+                sizes[s] = index.shape[0]
+        places = moved[self.places + np.repeat(first[self.slot], self.rows * self.width)]
+        widths = np.repeat(self.width, self.rows)
+        stays = np.minimum.reduceat(places, _starts(widths)) >= 0 if len(places) else np.zeros(0, dtype=bool)
+        ends = np.concatenate([[0], np.cumsum(stays)])[np.concatenate([[0], np.cumsum(self.rows)])]
+        return replace(self, sizes=sizes, rows=np.diff(ends), places=places[np.repeat(stays, widths)])
+
+    def split(self) -> Iterator[Tensor]:
+        """The tables, one (C, M) after the other."""
+        start = 0
+        for rows, width in zip(self.rows.tolist(), self.width.tolist(), strict=True):
+            end = start + rows * width
+            yield torch.from_numpy(self.places[start:end].reshape(rows, width))
+            start = end
+
+
+def _starts(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where each of several pieces begins, one after the other."""
+    return np.cumsum(lengths) - lengths
 
 
 def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:

@@ -377,6 +377,13 @@ def tokens(count=16):
     return (torch.randn(2, count, WIDTH),)
 
 
+class Positions(nn.Module):
+    """Stands for CoaT's convolutions: something per head, made of queries and values."""
+
+    def forward(self, q, v, size):
+        return q * v.tanh()
+
+
 class Config:
     """What transformers' configurations are asked for."""
 
@@ -559,6 +566,13 @@ MODULES = {
         {},
         tokens,
         {"qkv.weight": (0, "3HD"), "qkv.bias": (0, "3HD"), "projection.weight": (1, "HD")},
+    ),
+    "timm-coat": (
+        "timm.models.coat:FactorAttnConvRelPosEnc",
+        (WIDTH, HEADS),
+        {"shared_crpe": Positions()},
+        lambda: (*tokens(), (4, 4)),
+        None,  # positions come from convolutions with a number of heads each
     ),
     "timm-cait-talking": ("timm.models.cait:TalkingHeadAttn", (WIDTH, HEADS), {}, tokens, None),  # heads mix
     "transformers-led": (
