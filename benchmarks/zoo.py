@@ -401,13 +401,15 @@ def ours(model: Model, row: Row) -> tuple[nn.Module, Kept]:
         row.remark(f"{len(graph.frozen)} frozen, {times} as in: {_first_line(reason)}")
     start = row.stage("plan")
     try:
-        plan = lp.plan(graph, method="l1_filter", budget=lp.Budget(0.5))
+        meta = any(p.is_meta for p in net.parameters())  # without values there is nothing to score
+        method = "random_channels" if meta else "l1_filter"
+        plan = lp.plan(graph, method=method, budget=lp.Budget(0.5))
     except UnmeetableBudget as error:
         smallest = re.search(r"([\d.]+) are left", str(error))
         if smallest is None:
             raise
         row.remark(f"half the flops cannot be met, the least is {smallest[1]}")
-        plan = lp.plan(graph, method="l1_filter", budget=lp.Budget(min(1.0, float(smallest[1]))))
+        plan = lp.plan(graph, method=method, budget=lp.Budget(min(1.0, float(smallest[1]))))
     row["plan s"] = round(time.perf_counter() - start, 2)
     exact = all(group.exact for group in graph.groups if plan.groups.get(group.name, (0, 0))[0] < group.size)
     row["exact"] = "yes" if exact else "no"

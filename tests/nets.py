@@ -89,11 +89,12 @@ class Cells(nn.Module):
 
     def __init__(self):
         super().__init__()
+        self.width = 8
         self.first, self.second = nn.LSTMCell(5, 8), nn.GRUCell(8, 8)
         self.fc = nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        h, c, g = x.new_zeros(len(x), 8), x.new_zeros(len(x), 8), x.new_zeros(len(x), 8)
+        h, c, g = (x.new_zeros(len(x), self.width) for _ in range(3))
         for t in range(x.shape[1]):
             h, c = self.first(x[:, t], (h, c))
             g = self.second(h, g)
