@@ -9,6 +9,7 @@ also when the forward raises.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,12 +26,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from lightning_prune.errors import TraceError
-from lightning_prune.graph.attention import is_stand_in, standing_in
+from lightning_prune.graph.attention import standing_in
 from lightning_prune.graph.labels import Dim, Ids, Info, full, ids_of, is_tracked, merge, tracked, untracked
 from lightning_prune.graph.sizes import Attribute, Form, Read, Size, form_of, leaves, plain
 
 _TORCH = str(Path(torch.__file__).parent) + os.sep
 _HERE = str(Path(__file__).parent) + os.sep
+
+# Attributes named like this are taken for the size they are used as, until the first proof.
+_NAMES_A_SIZE = re.compile("head|dim|size|width|channel|chs|feature|hidden|embed|group|plane|pad|split")
 
 # Functions of torch that multiply matrices, or pool, by operators fvcore counts, while it counts none for themselves.
 _UNCOUNTED = frozenset(
@@ -206,7 +210,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def claim(self, dim: Dim, value: Any) -> None:
         """The model's code says a number for the size of a dimension; where that is a mere number, it is doubtful."""
         form = self.form(value)
-        if isinstance(form, Attribute) and not is_stand_in(self.modules[form.module]):
+        if isinstance(form, Attribute) and not _NAMES_A_SIZE.search(form.name):
             self.suspect([dim])  # it may mean something else as well: how often a loop runs, say
         if form is not None:
             if is_tracked(dim) or any(not isinstance(leaf, Read) or is_tracked(leaf.dim) for leaf in leaves(form)):

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_prune.errors import TraceError
+from lightning_prune.graph.groups import build
 from lightning_prune.graph.sizes import Size
+from lightning_prune.graph.trace import record
 from lightning_prune.surgery import cut, trace
 
 ROWS = torch.randn(2, 5, generator=torch.Generator().manual_seed(0))
@@ -56,7 +58,7 @@ def test_whole_heads_go_and_their_number_follows(net, check_cut):
     model = attention(net, forward)
     graph = trace(model, TOKENS)
     assert sizes(graph) == {"q": 4}
-    assert graph.suspects == {"q"}  # an attribute may mean more than a size, so that is tried
+    assert graph.suspects == frozenset()
     plan = graph.plan({"q": keep(0, 3, 4)})
     assert dict(plan.attributes[""]) == {"heads": 2}
     assert plan.kept["q.weight"][0].tolist() == [0, 1, 6, 7]  # head 0 and head 3, both of their channels
@@ -463,3 +465,24 @@ def test_a_check_of_a_size_against_an_attribute_lets_both_shrink(net, check_cut)
     assert sizes(graph) == {"a": 8}
     assert dict(graph.plan({"a": keep(0, 1, 2, 8)}).attributes[""]) == {"width": 3}
     assert check_cut(graph).width < 8
+
+
+class Counted(nn.Module):
+    """Splits its channels by an attribute, whose name may tell what it is for or not."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.name = name
+        setattr(self, name, 4)
+        self.a, self.b = nn.Linear(5, 8), nn.Linear(4, 2)
+
+    def forward(self, x):
+        first, second = self.a(x).split(getattr(self, self.name), dim=-1)
+        return self.b(first * second)
+
+
+def test_an_attribute_whose_name_does_not_tell_a_size_is_tried_as_it_may_mean_more():
+    inputs = torch.randn(2, 5, generator=torch.Generator().manual_seed(0))
+    for name, tried in (("n", {"a"}), ("width", set())):
+        model = Counted(name)
+        assert build(model, inputs, record(model, inputs)).suspects == tried
