@@ -1,13 +1,13 @@
 """A trained CIFAR ResNet-20 pruned to half its flops: accuracy before, right after the cut, and after fine-tuning.
 
     python benchmarks/cifar.py --images cifar10_jpeg.npz --weights resnet20_jpeg.pt [--methods TaylorWeight L1Filter]
-        [--epochs 1] [--keep 0.5] --out FILE.csv
+        [--epochs 2] [--keep 0.5] --out FILE.csv
 
 The images are CIFAR-10 as JPEG files in one npz (``<split>_jpeg``, ``<split>_offsets``, ``<split>_labels``); the
-weights a ``{"state_dict": ...}`` of He et al.'s net. `L1Filter` cuts at the start; `TaylorWeight` needs gradients, cuts
-after ``--gather`` steps, in one event, with a learning rate of zero until then, so that the cut alone is seen. Rows are
-appended; runs already in the file are not repeated. Augmentation: 4-pixel pad and crop (one offset a batch), flip. SGD,
-Nesterov 0.9, weight decay 5e-4, the rate falling linearly from 0.01 to zero, batch 128.
+weights a ``{"state_dict": ...}`` of He et al.'s net. All cut in one event: at the start, but those that learn while
+the network trains after ``--gather`` steps, with a learning rate of zero until then, so that the cut alone is seen.
+Rows are appended; runs already in the file are not repeated. Augmentation: 4-pixel pad and crop (one offset a batch),
+flip. SGD, Nesterov 0.9, weight decay 5e-4, the rate falling linearly from 0.01 to zero, batch 128.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 import lightning_prune as lp
-from lightning_prune.methods import find
+from lightning_prune.methods import discover, find
 from lightning_prune.report import markdown_table
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -132,7 +132,7 @@ def run(name: str, options: argparse.Namespace, data: dict[str, tuple[Tensor, Te
     pl.seed_everything(options.seed, verbose=False)
     state = torch.load(options.weights, weights_only=True)["state_dict"]
     cls = find(name)
-    hold = 0 if cls.needs == "nothing" else options.gather
+    hold = options.gather if cls.needs.endswith("of training") else 0
     pruner = cls(lp.Budget(options.keep), schedule=lp.OneShot(hold, unit="step"))
     loader = DataLoader(TensorDataset(*data["train"]), batch_size=128, shuffle=True, drop_last=True)
     net = Net(state, len(loader) * options.epochs, hold)
@@ -167,9 +167,10 @@ def main() -> None:
     parser.add_argument("--images", type=Path, required=True)
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--cache", type=Path, help="where decoded images are kept")
-    parser.add_argument("--methods", nargs="*", default=["TaylorWeight", "L1Filter", "RandomChannels"])
+    channels = [name for name, cls in discover().items() if cls.kind == "channels"]
+    parser.add_argument("--methods", nargs="*", default=channels)
     parser.add_argument("--keep", type=float, default=0.5)
-    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--gather", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)

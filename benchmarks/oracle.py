@@ -2,10 +2,10 @@
 
     python benchmarks/oracle.py [--seeds 0 1 2] [--out FILE.csv]
 
-The oracle is |loss without the channel - loss| over the whole training set in eval mode, the channel's coordinates at
-zero in every parameter. `TaylorWeight`'s scores are the mean over training batches of 64 of the squared gate gradients,
-with the net in train mode as the callback sees it, and in eval mode; `L1Filter`'s are the filters' norms. Spearman's
-rank correlation over all channels of the net, and the mean over groups.
+The oracle is |loss without the channel - loss| over the whole training set in eval mode, by `loss_changes`. The scores
+of `TaylorWeight` are the mean over training batches of 64 of the squared gate gradients, with the net in train mode as
+the callback sees it, and in eval mode; those of `L1Filter` are the filters' norms. Spearman's rank correlation over all
+channels of the net, and the mean over groups. `examples/oracle.py` does it for every method, in eval mode.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor
 
 import lightning_prune as lp
@@ -40,28 +39,9 @@ def trained(seed: int, epochs: int = 15) -> tuple[DigitsNet, Tensor, Tensor]:
     return net, torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
 
 
-def oracle(net: DigitsNet, graph: lp.ChannelGraph, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    """group -> (C,) |change of the loss| when that channel alone is zeroed."""
-    net.eval()
-    parameters = dict(net.named_parameters())
-    out = {}
-    with torch.no_grad():
-        before = torch.nn.functional.cross_entropy(net(x), y)
-        for group in graph.groups:
-            changes = []
-            for channel in range(group.size):
-                saved = []
-                for member in group.members:
-                    if member.is_buffer:
-                        continue
-                    p = parameters[member.name]
-                    saved.append((p, p.clone()))
-                    p.index_fill_(member.dim, member.indices[channel], 0)
-                changes.append((torch.nn.functional.cross_entropy(net(x), y) - before).abs())
-                for p, value in reversed(saved):
-                    p.copy_(value)
-            out[group.name] = torch.stack(changes)
-    return out
+def loss(net: DigitsNet, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Mean cross entropy of a batch."""
+    return torch.nn.functional.cross_entropy(net(batch[0]), batch[1])
 
 
 def taylor(net: DigitsNet, graph: lp.ChannelGraph, x: Tensor, y: Tensor, training: bool) -> dict[str, Tensor]:
@@ -89,7 +69,7 @@ def rows(seed: int) -> Iterator[dict[str, object]]:
     """One row per score."""
     net, x, y = trained(seed)
     graph = lp.trace(net, torch.zeros(1, 1, 8, 8))
-    true = oracle(net, graph, x, y)
+    true = lp.loss_changes(net, graph, [(x, y)], loss)
     parameters = dict(net.named_parameters())
     generator = torch.Generator().manual_seed(seed)
     scores = {
@@ -101,13 +81,12 @@ def rows(seed: int) -> Iterator[dict[str, object]]:
         "random": {g.name: torch.rand(g.size, generator=generator) for g in graph.groups},
     }
     for name, score in scores.items():
-        inside = [float(spearmanr(score[g], true[g]).statistic) for g in true]
-        flat = spearmanr(torch.cat([score[g] for g in true]), torch.cat(list(true.values())))
+        found = lp.rank_correlation(score, true)
         yield {
             "score": name,
             "seed": seed,
-            "spearman": round(float(flat.statistic), 3),
-            "mean within groups": round(sum(inside) / len(inside), 3),
+            "spearman": round(found.overall, 3),
+            "mean within groups": round(found.mean, 3),
         }
 
 

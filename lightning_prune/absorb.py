@@ -125,8 +125,15 @@ def absorbable(
     example_inputs: Any = None,
     tolerance: float = 0.0,
     since: Plan | None = None,
+    constants: Mapping[_Key, Tensor] | None = None,
 ) -> Absorbed:
-    """What `absorb` would do, without doing it; its arguments."""
+    """What `absorb` would do, without doing it.
+
+    Args:
+        model, plan, graph, example_inputs, tolerance, since: see `absorb`.
+        constants: what indices that go are taken to say, in place of what is measured: weight and dimension -> (R, I),
+            one row, or one for each group of a grouped convolution.
+    """
     checked(tolerance)
     kept = plan.relative_to(since or Plan())
     watch = _Watch(model, kept, tolerance > 0)
@@ -137,13 +144,18 @@ def absorbable(
         return Absorbed(reasons=dict.fromkeys(expected, "a model on the meta device has no values"))
     probed = _measure(model, graph, graph.example_inputs if example_inputs is None else example_inputs, watch)
     inexact = {(m.name, m.dim): g.inexact_because for g in graph.groups if not g.exact for m in g.members}
-    return _resolved(watch, expected, {} if tolerance else inexact, tolerance, probed)
+    return _resolved(watch, expected, {} if tolerance else inexact, tolerance, probed, constants)
 
 
 def _resolved(
-    watch: _Watch, expected: set[str], inexact: Mapping[_Key, str], tolerance: float, probed: bool
+    watch: _Watch,
+    expected: set[str],
+    inexact: Mapping[_Key, str],
+    tolerance: float,
+    probed: bool,
+    constants: Mapping[_Key, Tensor] | None,
 ) -> Absorbed:
-    """What was measured -> shifts, and what is left."""
+    """What was measured, or given -> shifts, and what is left."""
     shifts: dict[str, Tensor] = {}
     readers: dict[str, int] = {}
     left: dict[str, int] = {}
@@ -151,7 +163,7 @@ def _resolved(
     reasons = dict.fromkeys(unseen, "its weight does not reach an operator as it is")
     for key, reading in watch.readings.items():
         name = key[0]
-        values = reading.values(tolerance, probed)
+        values = reading.values(tolerance, probed) if constants is None else reading.given(constants.get(key))
         count = int(values.count_nonzero())
         if not count:
             continue
@@ -341,6 +353,13 @@ class _Reading:
             squares = self._squares + squares + apart.square() * (self._count * n / total)
             mean = self._mean + apart * (n / total)
         self._mean, self._squares, self._count = mean, squares, self._count + n
+
+    def given(self, table: Tensor | None) -> Tensor:
+        """(C,) what channels that go are taken to say, (R, I) as `absorbable` has it; 0 of others."""
+        gone = self._gone.to(self._steady.device)
+        if table is None:
+            return torch.zeros_like(gone, dtype=torch.float64)
+        return torch.where(gone, _wide(table).expand(len(gone) // table.shape[1], -1).reshape(-1).to(gone.device), 0.0)
 
     def values(self, tolerance: float, probed: bool) -> Tensor:
         """(C,) the constant of each channel that goes; 0 of one that is kept, or not constant.

@@ -6,7 +6,7 @@ All without a trace: loaders, samplers, random state, metrics, norms, modes and 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from itertools import count
 from typing import Any
@@ -15,13 +15,16 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 from torchmetrics import Metric
 
 from lightning_prune.errors import TraceError
 from lightning_prune.graph.trace import Calls, undisturbed
+from lightning_prune.statistics import samples_in as samples_in
+from lightning_prune.taps import evaluating as evaluating
 
 
 def second_iterator(
@@ -33,7 +36,7 @@ def second_iterator(
 
     Args:
         trainer: of the fit that runs.
-        model: batches are moved to its device, through its own transfer hooks.
+        model: batches get its precision and are moved to its device, through its own transfer hooks.
         calibration: a loader, a number of samples instead of ``samples``, or None.
         samples: stop once this many were given.
         seed: of the order and of the augmentation.
@@ -55,9 +58,10 @@ def second_iterator(
                 batch = next(batches)
             except StopIteration:
                 return
+            batch = model._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch))
             batch = trainer.strategy.batch_to_device(batch, device=model.device, dataloader_idx=0)
         yield batch
-        given += _size(batch)
+        given += samples_in(batch)
         if given >= samples:
             return
 
@@ -83,13 +87,30 @@ def _again(loader: DataLoader[Any], seed: int) -> DataLoader[Any]:
     return DataLoader(loader.dataset, batch_size=size, sampler=order, **shared)
 
 
-def _size(batch: Any) -> int:
-    sizes = [t.shape[0] for t in tree_flatten(batch)[0] if isinstance(t, Tensor) and t.ndim]
-    return int(sizes[0]) if sizes else 1
+def without_trainer(model: nn.Module, calibration: Any, samples: int) -> Iterator[Any]:
+    """Batches of a loader, on the model's device, where there is no Trainer.
+
+    Raises:
+        ValueError: if ``calibration`` is no loader.
+    """
+    if calibration is None or isinstance(calibration, int):
+        raise ValueError(f"without a Trainer calibration= must be a loader, or a list of batches, got {calibration!r}")
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    given = 0
+    for batch in calibration:
+        yield tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, batch)
+        given += samples_in(batch)
+        if given >= samples:
+            return
+
+
+def share(batches: Iterator[Any], process: int, processes: int) -> Iterator[Any]:
+    """Every n-th batch, n the number of processes: what one of them looks at."""
+    return (batch for number, batch in enumerate(batches) if number % processes == process)
 
 
 @contextmanager
-def without_log(model: pl.LightningModule) -> Iterator[None]:
+def without_log(model: nn.Module) -> Iterator[None]:
     """``log`` and ``log_dict`` do nothing, and metrics inside the module keep their state."""
 
     def nothing(*args: Any, **kwargs: Any) -> None:
@@ -111,28 +132,55 @@ def without_log(model: pl.LightningModule) -> Iterator[None]:
             metric._update_count, metric._computed = updates, computed
 
 
-def quiet_loss(
-    model: pl.LightningModule, batch: Any, loss_fn: Callable[[pl.LightningModule, Any], Tensor] | None
-) -> Tensor:
+def quiet_loss(model: nn.Module, batch: Any, loss_fn: Callable[[Any, Any], Tensor] | None) -> Tensor:
     """The training loss of a batch, with a graph for gradients where they are enabled.
+
+    ``training_step`` is called as Lightning calls it: with the index of the batch where it takes one, and with an
+    iterator where it takes ``dataloader_iter``.
 
     Raises:
         RuntimeError: under manual optimization without ``loss_fn``, or where ``training_step`` returns no loss.
     """
+    if loss_fn is None and not isinstance(model, pl.LightningModule):
+        raise RuntimeError(f"{type(model).__name__} has no training_step; pass loss_fn=lambda model, batch: ...")
     if loss_fn is None and not model.automatic_optimization:
         raise RuntimeError(
             f"{type(model).__name__} optimizes manually, so its training_step cannot be asked for a loss; "
             "pass loss_fn=lambda pl_module, batch: ..."
         )
-    grad = torch.is_grad_enabled()
-    with isolate_rng(), without_log(model), undisturbed(model), torch.set_grad_enabled(grad):
-        out = model.training_step(batch, 0) if loss_fn is None else loss_fn(model, batch)
+    out = _quiet_step(model, batch, loss_fn)
     loss = out.get("loss") if isinstance(out, dict) else out
     if not isinstance(loss, Tensor):
         raise RuntimeError(
             f"training_step of {type(model).__name__} returned {type(loss).__name__}, no loss; pass loss_fn="
         )
     return loss
+
+
+def _quiet_step(model: nn.Module, batch: Any, loss_fn: Callable[[Any, Any], Tensor] | None) -> Any:
+    grad = torch.is_grad_enabled()
+    with isolate_rng(), without_log(model), undisturbed(model), _precision(model), torch.set_grad_enabled(grad):
+        if loss_fn is not None:
+            return loss_fn(model, batch)
+        assert isinstance(model, pl.LightningModule)
+        return model.training_step(*_step_arguments(model, batch))
+
+
+@contextmanager
+def _precision(model: nn.Module) -> Iterator[None]:
+    """New tensors are of the type that the trainer says; without autocast, which would leave its types in between."""
+    attached = getattr(model, "_trainer", None)
+    step = nullcontext() if attached is None else attached.precision_plugin.train_step_context()
+    device = next((p.device.type for p in model.parameters()), "cpu")
+    with step, torch.autocast(device, enabled=False):
+        yield
+
+
+def _step_arguments(model: pl.LightningModule, batch: Any) -> tuple[Any, ...]:
+    step = model.training_step
+    if is_param_in_hook_signature(step, "dataloader_iter", explicit=True):
+        return (iter([(batch, 0, 0)]),)
+    return (batch, 0) if is_param_in_hook_signature(step, "batch_idx", min_args=2) else (batch,)
 
 
 def example_from_batch(
@@ -144,8 +192,13 @@ def example_from_batch(
     """What the outermost modules get when one training batch goes through the module's own loss.
 
     Raises:
-        TraceError: if no module was called with a tensor, or the loss cannot be computed.
+        TraceError: if no module was called with a tensor, or the step cannot be run.
     """
+    if loss_fn is None and not model.automatic_optimization:
+        raise TraceError(
+            f"{type(model).__name__} optimizes manually, so its training_step cannot be run to trace it; set "
+            "example_input_array, or pass example_input= or a loss_fn= that calls all that is to be pruned"
+        )
     batch = next(iter(second_iterator(trainer, model, None, 1, seed)))
     calls: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
     depth = 0
@@ -168,7 +221,7 @@ def example_from_batch(
         handles.append(module.register_forward_hook(leave, always_call=True))
     try:
         with torch.no_grad():
-            quiet_loss(model, batch, loss_fn)
+            _quiet_step(model, batch, loss_fn)
     except Exception as error:
         raise TraceError(
             f"{type(model).__name__} could not be run on a training batch to trace it: {type(error).__name__}: "
@@ -179,7 +232,8 @@ def example_from_batch(
             handle.remove()
     if not calls:
         raise TraceError(
-            f"no module of {type(model).__name__} was called with a tensor in its loss; pass example_input="
+            f"no module of {type(model).__name__} with parameters was called with a tensor in its training step; "
+            "pass example_input= or set example_input_array"
         )
     unique: dict[int, tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = {}
     for call in calls:

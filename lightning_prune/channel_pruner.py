@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
@@ -17,6 +19,7 @@ from lightning_prune import checkpoint as _checkpoint
 from lightning_prune import figures, surgery
 from lightning_prune.absorb import Absorbed, checked, for_cut
 from lightning_prune.budget import Budget
+from lightning_prune.compensation import Compensation, restore
 from lightning_prune.cost import Cost
 from lightning_prune.decision import Plan
 from lightning_prune.errors import NonFiniteScore, NothingToPrune, UnmeetableBudget, UnsafeCut
@@ -28,11 +31,13 @@ from lightning_prune.optimizers import clear
 from lightning_prune.pruner import Pruner, named, one_of, zero_copies
 from lightning_prune.ranking import check_finite, rank_global, rank_uniform
 from lightning_prune.statistics import Statistics
+from lightning_prune.taps import SampleGradients, Watch, watching
 
 Join = Literal["sum", "mean", "min", "first"]
 Scope = Literal["global", "uniform"]
 Application = Literal["cut", "mask"]
 Verify = Literal["first", "always", "never"]
+Spot = Literal["weights", "maps", "gates"]  # where a method looks: groups without one are frozen for it
 
 
 class ChannelPruner(Pruner):
@@ -56,6 +61,7 @@ class ChannelPruner(Pruner):
     kind = "channels"
     default_of = "flops"
     default_scope: ClassVar[Scope] = "global"
+    looks_at: ClassVar[Spot] = "weights"
     join: Join = "sum"
 
     def __init__(
@@ -95,8 +101,11 @@ class ChannelPruner(Pruner):
         self._anchors: dict[str, int] = {}
         self._seen = Plan()
         self._alive: dict[str, Tensor] = {}
+        self._spent: dict[str, Tensor] = {}
         self._dense_sizes: dict[str, int] = {}
         self._saved_statistics: dict[str, Any] | None = None
+        self._watching: Watch | None = None
+        self._gradients: SampleGradients | None = None
 
     @property
     @override
@@ -110,6 +119,20 @@ class ChannelPruner(Pruner):
     def combine(self, joined: Tensor) -> Tensor:
         """(C,) of one batch, joined over a group's producers, on its way into the sum; squares belong here."""
         return joined
+
+    def observe(self, gate_gradients: Tensor) -> Tensor:
+        """(C,) of one backward pass of training, summed over its samples, for a group; with ``looks_at`` not "weights".
+
+        Args:
+            gate_gradients: (B, C), for each sample's own loss its derivative by a gate on each channel, divided by
+                the number of positions: the mean over positions of map times its gradient, signed, summed over the
+                group's taps.
+        """
+        raise NotImplementedError
+
+    def compensate(self, keep: Mapping[str, Tensor]) -> Compensation:
+        """New values for weights that stay, applied with the cut and taken back with it: group -> (C,) bool."""
+        return Compensation()
 
     def score(self, view: LayerView) -> Tensor:
         """(C,) scores, larger = keep.
@@ -130,7 +153,7 @@ class ChannelPruner(Pruner):
 
     def select(self, scores: Mapping[str, Tensor], fits: Callable[[Mapping[str, int]], bool]) -> dict[str, Tensor]:
         """Scores -> group -> (C,) bool, True = keep; by default ranking by exact count."""
-        floors = dict.fromkeys(scores, self.min_channels)
+        floors = {name: self._floor(name) for name in scores}
         if self.scope == "global":
             return rank_global(scores, fits, floors=floors, round_to=self.round_to)
         return rank_uniform(
@@ -157,16 +180,57 @@ class ChannelPruner(Pruner):
         Raises:
             NothingToPrune: if no channel may go.
             UnmeetableBudget: if the budget is out of reach.
+            ValueError: if the method learns while the model trains, or looks at data, and was given no ``calibration``.
         """
+        scores = self.scores_for(graph)
+        with torch.no_grad(), self._event(None, graph.model):
+            return graph.plan(self._choose(scores, self.budget))
+
+    def scores_for(self, graph: ChannelGraph) -> dict[str, Tensor]:
+        """group -> (C,) scores of a traced model, without a Trainer; larger = keep. Raises as `plan_for`.
+
+        A method that learns while the model trains sees the ``calibration`` batches instead, in eval mode.
+        """
+        if self._measures and (self.calibration is None or isinstance(self.calibration, int)):
+            raise ValueError(
+                f"{type(self).__name__} needs {self.needs}; add it to a Trainer, give it calibration= batches, or take "
+                "a channel method that does not learn while the model trains, such as L1Filter"
+            )
         self.check(graph)
-        with torch.no_grad():
+        with torch.no_grad(), self._event(None, graph.model):
+            if self._measures:
+                self._learn()
             scores = self._score_all()
             check_finite(scores)
-            return graph.plan(self._choose(scores, self.budget))
+            return scores
+
+    def _learn(self) -> None:
+        """Fill the window from all calibration batches in eval mode, as training fills it; gradients are put back."""
+        model = self.model
+        before = {parameter: parameter.grad for parameter in model.parameters()}
+        taps = {g.name: self._taps(g) for g in self._groups} if self._observes else {}
+        gradients = SampleGradients(taps, mean=True)
+        try:
+            with self.evaluating(grad=True), watching(model, gradients.looks) if self._observes else nullcontext():
+                for batch in self.calibrate(sys.maxsize):
+                    model.zero_grad()
+                    self.loss(batch).backward()  # type: ignore[no-untyped-call]
+                    if self._observes:
+                        self._observe(gradients.take())
+                    else:
+                        self._measure(self._views)
+        finally:
+            for parameter, gradient in before.items():
+                parameter.grad = gradient
 
     @property
     def _measures(self) -> bool:
-        return type(self).measure is not ChannelPruner.measure
+        """Whether it learns while the model trains."""
+        return type(self).measure is not ChannelPruner.measure or self._observes
+
+    @property
+    def _observes(self) -> bool:
+        return type(self).observe is not ChannelPruner.observe
 
     def _joined(self, parts: Sequence[Tensor]) -> Tensor:
         if len(parts) == 1 or self.join == "first":
@@ -181,27 +245,51 @@ class ChannelPruner(Pruner):
         graph = self.graph
         ignored = matching(model, self.ignore) if self.ignore else set()
         self._groups: list[Group] = [g for g in graph.groups if g.producers and not _is_ignored(g, ignored)]
+        if refused := {g.name: why for g in self._groups if (why := self._refusal(g))}:
+            self._frozen = {**self._frozen, **refused}
+            self._groups = [g for g in self._groups if g.name not in refused]
         if not self._groups:
-            reasons = [f"{name}: {why}" for name, why in list(graph.frozen.items())[:8]]
-            reasons += [f"{g.name}: ignored" if g.producers else f"{g.name}: no layer makes it" for g in graph.groups]
+            reasons = [f"{name}: {why}" for name, why in list(self._frozen.items())[:8]]
+            left = [g for g in graph.groups if g.name not in self._frozen]
+            reasons += [f"{g.name}: ignored" if g.producers else f"{g.name}: no layer makes it" for g in left]
             raise NothingToPrune(f"no channel of {type(model).__name__} may go: " + "; ".join(reasons))
         for name in self.keep:
             if name not in {g.name for g in self._groups}:
                 raise ValueError(f"keep= names group {name!r}; groups are {', '.join(g.name for g in self._groups)}")
         state = self._restored or {}
+        alive = {name: mask.bool() for name, mask in state.get("alive", {}).items()}
+        if alive:  # a group that a trial cut had frozen in the run that goes on stays so
+            self._groups = [g for g in self._groups if g.name in alive]
+        names = {g.name for g in self._groups}
+        # a trace does not follow a lone channel, so groups that are down to one are not in it
+        self._spent = {name: mask for name, mask in alive.items() if name not in names}
         self._dense_sizes = {g.name: self._plan.groups.get(g.name, (0, g.size))[1] for g in self._groups}
-        self._alive = {name: mask.bool() for name, mask in state.get("alive", {}).items()} or {
-            g.name: torch.ones(g.size, dtype=torch.bool) for g in self._groups
-        }
-        self._total_units = sum(self._dense_sizes.values())
+        self._alive = {g.name: alive.get(g.name, torch.ones(g.size, dtype=torch.bool)) for g in self._groups}
+        self._total_units = sum(self._dense_sizes.values()) + sum(self._plan.groups[name][1] for name in self._spent)
         self._seen = surgery.applied(model)
         self._look(model)
         if "statistics" in state and self._statistics is not None:
-            self._statistics.load_state_dict(state["statistics"])
+            self._statistics.load_state_dict(state["statistics"], without=self._spent)
         if self._plan.masks:
             self._masks = Masks(named(model, self._plan.masks), self._plan.masks)
             self._masks.zero()
         self._check_reachable()
+
+    def _taps(self, group: Group) -> Sequence[Any]:
+        """Where this method looks at a group."""
+        if self.looks_at == "weights":
+            return group.producers
+        return self.graph.maps(group) if self.looks_at == "maps" else self.graph.gates(group)
+
+    def _refusal(self, group: Group) -> str | None:
+        """Why this method leaves a group whole; None if it does not."""
+        if self._taps(group):
+            return None
+        return f"no tensor carries its channels where {type(self).__name__} looks, in a forward in eval mode"
+
+    def _floor(self, group: str) -> int:
+        """Fewest channels that a group keeps."""
+        return self.min_channels
 
     @override
     def _catch_up(self, model: pl.LightningModule) -> None:
@@ -217,12 +305,17 @@ class ChannelPruner(Pruner):
         self._statistics.join({group.name: group.size for group in self._groups})
         self._alive = {group.name: torch.ones(group.size, dtype=torch.bool) for group in self._groups}
         self._look(model)
+        if self._watching is not None:
+            self._watch(model)
         self._cost_now = self._current_cost()
 
     def _look(self, model: nn.Module) -> None:
         """Views of the network as it is now."""
         parameters: dict[str, Tensor] = dict(model.named_parameters())
-        self._views = {g.name: [LayerView(g, p, parameters) for p in g.producers] for g in self._groups}
+        self._views = {
+            g.name: [LayerView(g, p, parameters, self.graph.activation(p), self.graph) for p in g.producers]
+            for g in self._groups
+        }
         if self._statistics is None:
             device = next(iter(parameters.values())).device
             self._statistics = Statistics({g.name: g.size for g in self._groups}, device)
@@ -230,6 +323,61 @@ class ChannelPruner(Pruner):
         for name, views in self._views.items():
             for view in views:
                 view.kept = self._statistics.kept[name]
+
+    @override
+    def _start(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
+        super()._start(trainer, model)
+        if self._observes:
+            self._watch(model)
+
+    def _watch(self, model: nn.Module) -> None:
+        """Look at the maps of ordinary training batches from now on."""
+        self._stop_watching()
+        self._gradients = SampleGradients({g.name: self._taps(g) for g in self._groups}, mean=True)
+        self._watching = Watch(model, self._gradients.looks)
+        self._watching.begin()
+
+    def _stop_watching(self) -> None:
+        if self._watching is not None:
+            self._watching.end()
+        self._watching = self._gradients = None
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """See maps as they are now, also where a callback after this one has cut the model."""
+        if self._watching is not None:
+            self._catch_up(pl_module)
+
+    @override
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Gradients that were taken until here, of a penalty or in validation, are not the loss's."""
+        if self._gradients is not None:
+            self._gradients.clear()
+
+    @override
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The gradients of maps are whole here."""
+        if self._watching is None or self._gradients is None:
+            return
+        if self._done == len(self._events):
+            self._stop_watching()
+            return
+        self._watching.settle()
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        scale = 1.0 if scaler is None else scaler.get_scale()  # what the loss was multiplied with
+        if pl_module.automatic_optimization:
+            scale /= trainer.accumulate_grad_batches
+        self._observe(self._gradients.take(), scale)
+
+    def _observe(self, found: Mapping[str, Tensor], scale: float = 1.0) -> None:
+        """Add what a backward pass says to the window."""
+        assert self._statistics is not None
+        if found:
+            with torch.no_grad():
+                values = {name: self.observe(gradients / scale) for name, gradients in found.items()}
+            self._statistics.add(values, weight=max(len(gradients) for gradients in found.values()))
 
     def _counts(self, counts: Mapping[str, int]) -> Any:
         graph = self.graph
@@ -240,9 +388,9 @@ class ChannelPruner(Pruner):
     def _measured_cost(self, counts: Mapping[str, int]) -> int:
         """What the budget bounds, for channel counts."""
         if self.budget.of == "units":
-            return sum(counts.get(name, int(mask.sum())) for name, mask in self._alive.items())
+            return len(self._spent) + sum(counts.get(name, int(mask.sum())) for name, mask in self._alive.items())
         costs, kept = self.graph.costs, self._counts(counts)
-        return int(costs.flop_terms(kept).sum()) if self.budget.of == "flops" else costs.flops_and_params(kept)[1]
+        return int(costs.flop_terms(kept).sum()) if self.budget.of == "flops" else costs.params(kept)
 
     def _dense_measure(self) -> int:
         assert self._dense_cost is not None
@@ -254,7 +402,7 @@ class ChannelPruner(Pruner):
     def _check_reachable(self) -> None:
         """Say now, not at the last event, that the budget is out of reach."""
         fewest = {
-            name: min(int(self._alive[name].sum()), max(1, self.min_channels), self._dense_sizes[name])
+            name: min(int(self._alive[name].sum()), max(1, self._floor(name)), self._dense_sizes[name])
             for name in self._views
         }
         if self.round_to > 1:
@@ -270,18 +418,23 @@ class ChannelPruner(Pruner):
 
     @override
     def _gather(self, optimizer: Optimizer) -> None:
-        if self._measures and self._statistics is not None and self._done < len(self._events):
+        measured = self._measures and not self._observes
+        if measured and self._statistics is not None and self._done < len(self._events):
             held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-            values = {}
-            with torch.no_grad():
-                for name, views in self._views.items():
-                    if self._anchors[name] not in held:
-                        continue  # measured when the optimizer that trains it steps
-                    parts = [part for part in (self.measure(view) for view in views) if part is not None]
-                    if parts:
-                        values[name] = self.combine(self._joined(parts))
-            if values:
-                self._statistics.add(values)
+            # the others are measured when the optimizer that trains them steps
+            self._measure({name: views for name, views in self._views.items() if self._anchors[name] in held})
+
+    def _measure(self, views: Mapping[str, Sequence[LayerView]]) -> None:
+        """Add what a batch's gradients say of these groups to the window."""
+        assert self._statistics is not None
+        values = {}
+        with torch.no_grad():
+            for name, group in views.items():
+                parts = [part for part in (self.measure(view) for view in group) if part is not None]
+                if parts:
+                    values[name] = self.combine(self._joined(parts))
+        if values:
+            self._statistics.add(values)
 
     @override
     def _decide_and_apply(self, trainer: pl.Trainer, model: pl.LightningModule, progress: float) -> bool:
@@ -296,7 +449,8 @@ class ChannelPruner(Pruner):
             if missing := self._statistics.unmeasured():
                 seen = self._statistics.skipped
                 raise NonFiniteScore(
-                    f"{type(self).__name__} has no finite batch to score by: {seen} batches were not finite"
+                    f"{type(self).__name__} has no finite batch to score by: {seen} batches were not finite; "
+                    "look at the loss and its gradients"
                     if seen
                     else f"{type(self).__name__} has no gradient to score {', '.join(missing[:3])} by: a training "
                     "batch must run first, and these layers must be trained; move the event later or ignore= them"
@@ -356,9 +510,12 @@ class ChannelPruner(Pruner):
     ) -> dict[str, Tensor]:
         graph, statistics = self.graph, self._statistics
         assert statistics is not None
+        self._stop_watching()
         step = graph.plan(keep)
         since = surgery.applied(model)
         plan = surgery.compose(since, step)
+        compensation = self.compensate(keep)
+        before = compensation.apply(model)
         try:
             surgery.cut(
                 model,
@@ -370,12 +527,13 @@ class ChannelPruner(Pruner):
                 verify="always" if self.verify == "first" and not self._plan.kept else _rest(self.verify),
             )
         except UnsafeCut as error:
+            restore(model, before)
             settled = surgery.settle(graph, [g.name for g in self._groups], keep)
             if len(settled.groups) == len(graph.groups):
                 raise
             gone = sorted(set(settled.frozen) - set(graph.frozen))
             warnings.warn(f"{type(self).__name__} freezes {', '.join(gone)}: {error}", stacklevel=2)
-            self._graph, self._frozen = settled, settled.frozen
+            self._graph, self._frozen = settled, {**self._frozen, **settled.frozen}
             self._groups = [g for g in self._groups if g.name not in gone]
             for name in gone:
                 del self._views[name], self._alive[name], self._dense_sizes[name]
@@ -386,7 +544,10 @@ class ChannelPruner(Pruner):
             kept_scores = {name: score for name, score in scores.items() if name not in gone}
             again = self._choose(kept_scores, self.budget.at(progress))
             return self._cut(trainer, model, again, kept_scores, progress)
+        new = [p for name, p in model.named_parameters() if name in before]
+        clear(trainer.optimizers, {p: torch.zeros_like(p, dtype=torch.bool) for p in new})
         for copy in _checkpoint.copies(trainer, model):
+            compensation.apply(copy)
             own = self._absorbed(trainer, copy, plan, since)
             surgery.cut(copy, plan, since=since, verify="never", absorb=own)
         self._plan, self._seen = plan, surgery.applied(model)
@@ -396,6 +557,8 @@ class ChannelPruner(Pruner):
         self._alive = {g.name: torch.ones(g.size, dtype=torch.bool) for g in self._groups}
         statistics.cut(keep)
         self._look(model)
+        if self._observes:
+            self._watch(model)
         _checkpoint.wrap_again(trainer, model)
         return keep
 
@@ -411,7 +574,9 @@ class ChannelPruner(Pruner):
         masks = {name: _outer(parameters[name].shape, dims) for name, dims in plan.kept.items()}
         self._plan = Plan(masks=masks, shapes={n: tuple(m.shape) for n, m in masks.items()}, groups=plan.groups)
         self._masks = Masks(parameters, masks)
+        compensation = self.compensate(keep)
         for held in (model, *_checkpoint.copies(trainer, model)):
+            compensation.apply(held)
             self._absorbed(trainer, held, plan, Plan()).add_to(held)
         self._masks.zero()
         zero_copies(trainer, model, masks)
@@ -427,7 +592,7 @@ class ChannelPruner(Pruner):
     def _row(self) -> dict[str, float]:
         assert self._dense_cost is not None
         cost = self._cost_now or self._dense_cost
-        kept = {name: int(mask.sum()) for name, mask in self._alive.items()}
+        kept = {name: int(mask.sum()) for name, mask in {**self._alive, **self._spent}.items()}
         row = {
             "prune/flops": float(cost.flops),
             "prune/flops_kept": cost.flops / max(1, self._dense_cost.flops),
@@ -448,7 +613,7 @@ class ChannelPruner(Pruner):
     @override
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
-        state["alive"] = {name: mask.to(torch.uint8) for name, mask in self._alive.items()}
+        state["alive"] = {name: mask.to(torch.uint8) for name, mask in {**self._alive, **self._spent}.items()}
         statistics = self._saved_statistics if self._statistics is None else self._statistics.state_dict()
         if statistics is not None:
             state["statistics"] = statistics
@@ -457,9 +622,15 @@ class ChannelPruner(Pruner):
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().teardown(trainer, pl_module, stage)
+        self._stop_watching()
         if stage == "fit":
             self._saved_statistics = None if self._statistics is None else self._statistics.state_dict()
             self._views, self._statistics, self._masks = {}, None, None
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        self._stop_watching()
 
 
 def _rest(verify: str) -> str:

@@ -26,6 +26,12 @@ def add_plan(checkpoint: dict[str, Any], state_key: str, plan: Plan) -> None:
     checkpoint.setdefault(KEY, {"version": 1, "plans": {}})["plans"][state_key] = plan.state_dict()
 
 
+def written_by(checkpoint: Mapping[str, Any]) -> list[str]:
+    """State keys of the callbacks whose plans a checkpoint holds."""
+    entry = checkpoint.get(KEY)
+    return list(entry["plans"]) if isinstance(entry, Mapping) and isinstance(entry.get("plans"), Mapping) else []
+
+
 def plan_of(checkpoint: Mapping[str, Any]) -> Plan | None:
     """The plan of a checkpoint, those of several callbacks merged; None if there is none.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 from collections.abc import Sequence
@@ -87,17 +88,31 @@ def told(message: str) -> str:
     kept = [line for line in lines if line and not line.startswith(_NOISE)] or lines
     text = " ".join(dict.fromkeys(kept))  # several alternatives may say the same
     given = [line.removeprefix("Given value: ") for line in lines if line.startswith("Given value: ")]
-    scalars = [value for value in given if not value.startswith(("[", "{", "Namespace"))]
+    scalars = [value for value in given if not value.startswith(("[", "{", "Namespace", "NestedArg"))]
     if scalars and scalars[0] not in text:
         text = f"{text}; given {scalars[0]}"
     unknown = re.search(r"Expected a dot import path string: (\w+)", text)
-    if unknown:
+    if unknown and 'Parser key "budget"' in text:
+        text = text.replace(unknown[0], f"a budget is a fraction or {{keep: 0.5, of: flops}}, got {unknown[1]!r}")
+    elif unknown:
         names = [cls.__name__ for cls in REGISTERED]
         near = get_close_matches(unknown[1], names, n=3) or names
         text = text.replace(unknown[0], f"no class {unknown[1]!r} is known by its bare name; near: {', '.join(near)}")
+    refused = re.search(r"class_path '[\w.]*?(\w+)': Option '(\w+)' is not accepted", text)
+    if refused and (cls := {cls.__name__: cls for cls in REGISTERED}.get(refused[1])):
+        names = sorted(_arguments(cls))
+        near = get_close_matches(refused[2], names, n=3)
+        text = f"{text}; near: {', '.join(near)}" if near else f"{text}; {refused[1]} takes {', '.join(names)}"
     if "Key must be a string, got: True" in text:
         text += " YAML reads a bare on as true; quote it: 'on'"
     return text
+
+
+def _arguments(cls: type) -> set[str]:
+    """Names that a class takes, those it hands on to its bases included."""
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    made = [inspect.signature(vars(base)["__init__"]).parameters for base in cls.__mro__ if "__init__" in vars(base)]
+    return {name for names in made for name, p in names.items() if p.kind in kinds} - {"self"}
 
 
 _NOISE = (
@@ -105,6 +120,8 @@ _NOISE = (
     "Subtypes:",
     "Errors:",
     "Expected a <class ",
+    "Expected a path but ",
+    "Problem with given class_path 'lightning.Callback'",
     "Not a valid subclass of ",
     "Subclass types expect one of:",
     "a class path (str)",

@@ -47,6 +47,8 @@ class Cost:
 def count(model: nn.Module, example_inputs: Any) -> Cost:
     """Count a model with fvcore, in eval mode for one sample; nothing about the model changes.
 
+    fvcore cannot follow a model on the meta device: the same figure is then had by arithmetic, from one trace.
+
     Args:
         model: any module.
         example_inputs: a tensor, a tuple of positional or a dict of keyword inputs, on any device. Of tensors that
@@ -55,6 +57,10 @@ def count(model: nn.Module, example_inputs: Any) -> Cost:
     Raises:
         TraceError: if the model does not run on the example inputs.
     """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        from lightning_prune.graph.groups import trace  # it counts by this file's arithmetic
+
+        return trace(model, example_inputs).cost()
     args, kwargs = as_call(samples(place(example_inputs, model), 1))
     with undisturbed(model), _quiet(), torch.enable_grad():
         model.eval()
@@ -174,19 +180,27 @@ class CostModel:
 
     def flop_terms(self, kept: NDArray[np.int64]) -> NDArray[np.int64]:
         """(T,) flops of each term, for (G,) channels kept per group."""
-        sizes = self.base + self.per_group @ kept
-        flops: NDArray[np.int64] = self.flop_coefficients * sizes[self.flop_sizes].prod(axis=1)
+        flops: NDArray[np.int64] = self.flop_coefficients * self._sizes(kept)[self.flop_sizes].prod(axis=1)
         for i in self._rounded_at:
             flops[i] = int(float(f"{flops[i] + 1:.3e}") // 2)
         return flops
 
+    def params(self, kept: NDArray[np.int64]) -> int:
+        """Number of parameters, for (G,) channels kept per group."""
+        return int((self.param_coefficients * self._sizes(kept)[self.param_sizes].prod(axis=1)).sum())
+
     def flops_and_params(self, kept: NDArray[np.int64]) -> tuple[int, int]:
         """The two totals, for (G,) channels kept per group."""
-        sizes = self.base + self.per_group @ kept
-        return (
-            int(self.flop_terms(kept).sum()),
-            int((self.param_coefficients * sizes[self.param_sizes].prod(axis=1)).sum()),
-        )
+        return int(self.flop_terms(kept).sum()), self.params(kept)
+
+    def _sizes(self, kept: NDArray[np.int64]) -> NDArray[np.int64]:
+        sizes: NDArray[np.int64] = self.base + (self._per_channel @ kept).astype(np.int64)
+        return sizes
+
+    @cached_property
+    def _per_channel(self) -> NDArray[np.float64]:
+        """`per_group` as BLAS multiplies it, many times faster than integers; sizes are far below 2^53, so exact."""
+        return self.per_group.astype(np.float64)
 
     @cached_property
     def _rounded_at(self) -> list[int]:
@@ -196,7 +210,8 @@ class CostModel:
         """The whole cost, by layer, for (G,) channels kept per group; of the dense model by default."""
         kept = self.dense if kept is None else kept
         flops = self.flop_terms(kept)
-        by_layer: dict[str, Counter[str]] = {}
+        by_layer: dict[str, dict[str, int]] = {}
         for (module, operator), n in zip(self.labels, flops.tolist(), strict=True):
-            by_layer.setdefault(module, Counter())[operator] += n
-        return Cost(*self.flops_and_params(kept), by_layer)
+            row = by_layer.setdefault(module, {})
+            row[operator] = row.get(operator, 0) + n
+        return Cost(int(flops.sum()), self.params(kept), by_layer)

@@ -215,21 +215,22 @@ class Plan:
         """
         _check_same_shapes(previous, self)
         positions: dict[str, dict[int, Tensor]] = {}
+        known: dict[tuple[int, int, int], tuple[int | None, Tensor | None]] = {}  # many dims share their indices
         for name in dict.fromkeys([*self.kept, *self.buffers, *previous.kept, *previous.buffers]):
             now, then = self._dims(name), previous._dims(name)
             for dim in sorted({*now, *then}):
-                size = (self.shapes.get(name) or previous.shapes[name])[dim]
-                lost = _first_missing(now.get(dim), then.get(dim), size)
+                index, within, size = now.get(dim), then.get(dim), (self.shapes.get(name) or previous.shapes[name])[dim]
+                same = id(index), id(within), size
+                if same not in known:
+                    known[same] = _first_missing(index, within, size), _places(index, within, size)
+                lost, places = known[same]
                 if lost is not None:
                     raise ValueError(
                         f"plan keeps index {lost} of dim {dim} of {name!r}, which an earlier cut has removed; "
                         "a later plan of a run can only keep less"
                     )
-                if dim in now and now[dim].shape[0] < (then[dim].shape[0] if dim in then else size):
-                    index = now[dim]
-                    positions.setdefault(name, {})[dim] = (
-                        torch.searchsorted(then[dim], index) if dim in then else index.clone()
-                    )
+                if places is not None:
+                    positions.setdefault(name, {})[dim] = places
         return positions
 
     def merge(self, other: "Plan") -> "Plan":
@@ -424,6 +425,13 @@ def _first_missing(index: Tensor | None, within: Tensor | None, size: int) -> in
         return first if first < size else None
     missing = index[~torch.isin(index, within)]
     return int(missing[0]) if len(missing) else None
+
+
+def _places(index: Tensor | None, within: Tensor | None, size: int) -> Tensor | None:
+    """Return where each of ``index`` is in ``within``, or in ``range(size)`` if that is None; None if none goes."""
+    if index is None or index.shape[0] == (size if within is None else within.shape[0]):
+        return None
+    return index.clone() if within is None else torch.searchsorted(within, index)
 
 
 def _intersection(

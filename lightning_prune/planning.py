@@ -1,4 +1,4 @@
-"""A plan without a Trainer, for methods that need no data."""
+"""A plan without a Trainer."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from lightning_prune.methods import find
 
 
 def plan(graph: ChannelGraph, method: str = "l1_filter", budget: Budget | float = 0.5, **arguments: Any) -> Plan:
-    """Decide what a data-free channel method would keep of a model, without training.
+    """Decide what a channel method would keep of a model, without training.
 
     Args:
         graph: of the model, from `lightning_prune.trace`.
         method: class or file name: "l1_filter", "RandomChannels".
         budget: what may be kept.
-        **arguments: of the method: ``ignore``, ``min_channels``, ``round_to``, ``scope``, ...
+        **arguments: of the method: ``ignore``, ``min_channels``, ``round_to``, ``scope``, ...; for one that looks at
+            data ``calibration``, a loader or a list of batches, and ``loss_fn(model, batch)``.
 
     Returns:
         The plan; `lightning_prune.cut` applies it.
 
     Raises:
-        ValueError: if there is no such method, or it needs data or a training loop.
+        ValueError: if there is no such method, it masks weights, or needs ``calibration`` that it was not given.
         NothingToPrune: if no channel may go; the message says why.
         UnmeetableBudget: if the budget is out of reach.
     """
     cls = find(method)
-    if not issubclass(cls, ChannelPruner) or cls.needs != "nothing":
-        needs = "a training loop to hold its masks" if cls.needs == "nothing" else cls.needs
+    if not issubclass(cls, ChannelPruner):
         raise ValueError(
-            f"{cls.__name__} needs {needs}; add it "
-            "to a Trainer, or plan with a channel method that needs no data, such as 'l1_filter'"
+            f"{cls.__name__} needs a training loop to hold its masks; add it to a Trainer, or plan with a method that "
+            "removes channels, such as 'l1_filter'"
         )
     return cls(budget, **arguments).plan_for(graph)

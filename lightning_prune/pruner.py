@@ -21,6 +21,7 @@ import os
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -30,11 +31,19 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from tqdm.auto import tqdm
 from typing_extensions import override
 
 from lightning_prune import checkpoint as _checkpoint
 from lightning_prune import figures, surgery
-from lightning_prune.batches import example_from_batch, quiet_loss, second_iterator
+from lightning_prune.batches import (
+    evaluating,
+    example_from_batch,
+    quiet_loss,
+    second_iterator,
+    share,
+    without_trainer,
+)
 from lightning_prune.budget import Budget, Of
 from lightning_prune.cost import Cost
 from lightning_prune.decision import Plan
@@ -47,7 +56,7 @@ from lightning_prune.report import Report
 from lightning_prune.schedule import Event, OneShot, Schedule
 
 OnNonfinite = Literal["raise", "postpone"]
-LossFn = Callable[[pl.LightningModule, Any], Tensor]
+LossFn = Callable[[Any, Any], Tensor]
 
 
 @dataclass(frozen=True)
@@ -131,6 +140,7 @@ class Pruner(Callback):
         self._handles: list[Any] = []
         self._started = False
         self._stepped = False
+        self._at_event: tuple[pl.Trainer | None, nn.Module] | None = None
         self._masks: Masks | None = None  # what is held at zero, of either kind
 
     @property
@@ -194,6 +204,7 @@ class Pruner(Callback):
         )
 
     _cost_now: Cost | None = None
+    _postponed: int | None = None
     _shown: float | None = None
     _frozen: Mapping[str, str] = {}
 
@@ -215,17 +226,66 @@ class Pruner(Callback):
     def _catch_up(self, model: pl.LightningModule) -> None:
         """Look again, if another callback has cut the model."""
 
-    def loss(self, model: pl.LightningModule, batch: Any) -> Tensor:
-        """The training loss of a batch, without logging and without a trace on trainer, metrics, norms or RNG.
+    @property
+    def model(self) -> nn.Module:
+        """What is pruned; for methods, at an event.
+
+        Raises:
+            RuntimeError: at any other time.
+        """
+        if self._at_event is None:
+            raise RuntimeError(f"{type(self).__name__} looks at its model only at an event")
+        return self._at_event[1]
+
+    def loss(self, batch: Any) -> Tensor:
+        """The training loss of a batch at an event, without logging and without a trace on trainer, metrics or RNG.
 
         Raises:
             RuntimeError: under manual optimization without ``loss_fn``, or if ``training_step`` returns no loss.
         """
-        return quiet_loss(model, batch, self.loss_fn)
+        return quiet_loss(self.model, batch, self.loss_fn)
 
-    def calibrate(self, trainer: pl.Trainer, model: pl.LightningModule, samples: int) -> Iterator[Any]:
-        """Batches for calibration, on the module's device, at least ``samples`` samples where there are as many."""
-        yield from second_iterator(trainer, model, self.calibration, samples, seed=self.seed("calibration"))
+    def evaluating(self, grad: bool = False) -> AbstractContextManager[None]:
+        """Look at the model as it would be shipped, at an event; see `lightning_prune.batches.evaluating`."""
+        return evaluating(self.model, grad)
+
+    def calibrate(self, samples: int) -> Iterator[Any]:
+        """This process' share of the batches for calibration at an event, on the module's device.
+
+        Together the processes look at ``samples`` samples at least, where there are as many: the same ones as a single
+        process would.
+
+        Raises:
+            ValueError: without a Trainer, if ``calibration`` is no loader.
+        """
+        model, trainer = self.model, None if self._at_event is None else self._at_event[0]
+        if trainer is None:
+            batches = without_trainer(model, self.calibration, samples)
+        else:
+            assert isinstance(model, pl.LightningModule)
+            seed = self.seed("calibration")
+            every = second_iterator(trainer, model, self.calibration, samples, seed)
+            batches = share(every, trainer.global_rank, trainer.world_size)
+        shown = trainer is not None and trainer.is_global_zero and trainer.progress_bar_callback is not None
+        yield from tqdm(batches, desc=f"{type(self).__name__}: calibration", leave=False, disable=not shown)
+
+    def total(self, value: Tensor) -> Tensor:
+        """The sum of a tensor over processes, at an event."""
+        trainer = None if self._at_event is None else self._at_event[0]
+        if trainer is None or trainer.world_size == 1:
+            return value
+        out = trainer.strategy.reduce(value.clone(), reduce_op="sum")
+        assert isinstance(out, Tensor)
+        return out
+
+    @contextmanager
+    def _event(self, trainer: pl.Trainer | None, model: nn.Module) -> Iterator[None]:
+        """The time in which `model`, `loss` and `calibrate` can be asked."""
+        self._at_event = trainer, model
+        try:
+            yield
+        finally:
+            self._at_event = None
 
     def generator(self, event: str, layer: str = "") -> torch.Generator:
         """A CPU generator that is equal on all processes, for a random choice at an event in a layer."""
@@ -322,6 +382,31 @@ class Pruner(Callback):
         self.log_row(trainer, ended=True)
 
     @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say it if training ended before pruning did."""
+        if self._done < len(self._events) and not getattr(trainer, "fast_dev_run", False):
+            key, what = ("flops_kept", "flops") if self.kind == "channels" else ("density", "weights")
+            rank_zero_warn(
+                f"{type(self).__name__}: training ended at step {self._steps} after {self._done} of "
+                f"{len(self._events)} events, the next is due at step {self._events[self._done].step}; "
+                f"{self._row()[f'prune/{key}']:.4f} of the {what} are kept, the budget is {self.budget.keep:g} of the "
+                f"{self.budget.of}"
+            )
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Say it if this checkpoint was written with other arguments, so that pruning begins anew."""
+        written = _checkpoint.written_by(checkpoint)
+        own = [key for key in written if key.rpartition("-")[0] == type(self).__name__]
+        if own and self.state_key not in written:
+            rank_zero_warn(
+                f"the checkpoint was written by {type(self).__name__} with another budget, schedule or ignore=: "
+                "pruning begins anew, and keep is of the network as the checkpoint left it; to go on, use the same ones"
+            )
+
+    @override
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
@@ -369,7 +454,7 @@ class Pruner(Callback):
         if not resumed:
             surgery.call_dense(model)
             self._plan, self._done, self._steps, self._rows, self._seconds = Plan(), 0, 0, [], 0.0
-            self._seed, self._cost_now = _global_seed(), None
+            self._seed, self._cost_now, self._postponed = _global_seed(), None, None
             self._missed = trainer.fit_loop.epoch_loop._batches_that_stepped
         self._fix_events(trainer, resumed)
         self._graph = self._trace(trainer, model)
@@ -422,17 +507,22 @@ class Pruner(Callback):
             return
         started = time.perf_counter()
         try:
-            with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
+            autocast = torch.autocast(model.device.type, enabled=False)
+            with torch.no_grad(), autocast, self._event(trainer, model):
                 changed = self._decide_and_apply(trainer, model, self._events[due[-1]].progress)
         except NonFiniteScore as error:
             if self.on_nonfinite == "raise":
                 raise
-            rank_zero_warn(f"{type(self).__name__} postpones its event at step {self._steps}: {error}")
+            if self._postponed != due[-1]:  # said once an event, not at every step that it waits
+                self._postponed = due[-1]
+                rank_zero_warn(f"{type(self).__name__} postpones its event at step {self._steps}: {error}")
             return
         self._done = due[-1] + 1
         self._seconds += time.perf_counter() - started
         if not changed:
-            rank_zero_warn(f"{type(self).__name__}: the event at step {self._steps} changed nothing")
+            nothing = self._row()["prune/density"] == 1  # else a fine schedule is ahead of this step
+            say = rank_zero_warn if nothing else rank_zero_info
+            say(f"{type(self).__name__}: the event at step {self._steps} changed nothing")
         self._cost_now = self._current_cost()
         row = self.log_row(trainer)
         self._rows.append({"step": float(self._steps), **row})

@@ -88,7 +88,7 @@ class Schedule(ABC):
             step = self._step(point, total_steps, steps_per_epoch)
             if total_steps is not None and step >= total_steps:
                 raise NoEvent(
-                    f"{self} has an event at step {step} ({self.unit} {point:g}), but the fit has {total_steps} steps "
+                    f"{self} has an event at step {step}, but the fit has {total_steps} steps "
                     "and at least one has to follow the last event; prune earlier or train longer"
                 )
             progress_at[step] = max(progress, progress_at.get(step, 0.0))

@@ -6,12 +6,21 @@ event to event and lose the entries of channels that go.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten
 from torchmetrics import Metric
+
+from lightning_prune.errors import NonFiniteScore
+
+
+def samples_in(batch: Any) -> int:
+    """Number of samples in a batch: the first size of its first tensor."""
+    sizes = [t.shape[0] for t in tree_flatten(batch)[0] if isinstance(t, Tensor) and t.ndim]
+    return int(sizes[0]) if sizes else 1
 
 
 class ChannelSums(Metric):
@@ -34,21 +43,74 @@ class ChannelSums(Metric):
         self.add_state("count", torch.zeros(size, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("skipped", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, values: Tensor, measured: Tensor | None = None) -> None:
+    def update(self, values: Tensor, measured: Tensor | None = None, weight: int = 1) -> None:
         """Add one batch.
 
         Args:
             values: (size,), 0 where nothing was measured.
             measured: (size,) bool; None for all.
+            weight: what it counts for: 1 for a value of the batch, the number of samples for a sum over them.
         """
         finite = torch.isfinite(values).all()
         self.total += torch.where(finite, values.to(self.total.dtype), 0.0)
-        self.count += finite if measured is None else finite & measured
+        self.count += weight * (finite if measured is None else finite & measured)
         self.skipped += ~finite
 
     def compute(self) -> Tensor:
         """(size,) mean over the finite batches; NaN before the first."""
         return self.total / self.count
+
+
+class SampleSums:
+    """Sums over the samples of calibration batches, of tensors of any shape, in float64; joined over processes.
+
+    A batch with a NaN or infinite entry is left out whole, and counted.
+
+    Args:
+        shapes: of what is summed, by name; the same on all processes.
+        device: where it is summed.
+
+    Attributes:
+        samples: how many were summed, of this process.
+        skipped: batches left out, of this process.
+    """
+
+    def __init__(self, shapes: Mapping[str, Sequence[int]], device: torch.device) -> None:
+        self.samples = 0
+        self.skipped = 0
+        self._device = device
+        self._sums = {
+            name: torch.zeros(tuple(shape), dtype=torch.float64, device=device) for name, shape in shapes.items()
+        }
+
+    def add(self, sums: Mapping[str, Tensor], samples: int) -> bool:
+        """Add one batch: name -> sum over its samples, names left out are 0; returns whether it was finite."""
+        if not all(bool(torch.isfinite(value).all()) for value in sums.values()):
+            self.skipped += 1
+            return False
+        for name, value in sums.items():
+            self._sums[name] += value.detach().to(self._sums[name])
+        self.samples += samples
+        return True
+
+    def means(self, total: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """name -> mean over the samples of all processes, float64.
+
+        Args:
+            total: sums a tensor over processes.
+
+        Raises:
+            NonFiniteScore: if no batch was finite.
+        """
+        seen = [float(self.samples), float(self.skipped)]
+        counts = total(torch.tensor(seen, dtype=torch.float64, device=self._device))
+        if counts[0] == 0:
+            raise NonFiniteScore(
+                f"there is no finite calibration batch to score by: {int(counts[1])} batches were not finite"
+                if counts[1]
+                else "there is no calibration batch to score by; the loader gave none"
+            )
+        return {name: total(value) / counts[0] for name, value in self._sums.items()}
 
 
 class Statistics:
@@ -71,15 +133,20 @@ class Statistics:
     def _new_window(self) -> ChannelSums:
         return ChannelSums(sum(self._sizes.values())).to(self._device)
 
-    def add(self, values: Mapping[str, Tensor]) -> None:
-        """Add what one batch says: group -> (C,); a group that is left out was not measured."""
+    def add(self, values: Mapping[str, Tensor], weight: int = 1) -> None:
+        """Add what one batch says: group -> (C,); a group that is left out was not measured.
+
+        Args:
+            values: of one batch, or summed over its samples.
+            weight: 1, or the number of samples.
+        """
         if len(values) == len(self._sizes):
-            self._window.update(torch.cat([values[name] for name in self._sizes]))
+            self._window.update(torch.cat([values[name] for name in self._sizes]), weight=weight)
             return
         device = self._window.total.device
         parts = [values[n] if n in values else torch.zeros(size, device=device) for n, size in self._sizes.items()]
         known = [torch.full((size,), n in values, device=device) for n, size in self._sizes.items()]
-        self._window.update(torch.cat(parts), torch.cat(known))
+        self._window.update(torch.cat(parts), torch.cat(known), weight)
 
     def unmeasured(self) -> list[str]:
         """Groups without a finite batch in the window, of this process."""
@@ -127,20 +194,26 @@ class Statistics:
             "kept": {name: {key: t.cpu().clone() for key, t in kept.items()} for name, kept in self.kept.items()},
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], without: Iterable[str] = ()) -> None:
         """Take up where `state_dict` was taken.
 
+        Args:
+            state: what `state_dict` returned.
+            without: groups of it that are no more.
+
         Raises:
-            ValueError: if the groups or their sizes are others.
+            ValueError: if the other groups or their sizes are others.
         """
-        if dict(state["sizes"]) != self._sizes:
-            raise ValueError(f"statistics are of groups {dict(state['sizes'])}, the model has {self._sizes}")
-        if state["total"].shape != self._window.total.shape:
-            raise ValueError(
-                f"statistics have {tuple(state['total'].shape)} sums, {tuple(self._window.total.shape)} wanted"
-            )
-        self._window.total = state["total"].to(self._device)
-        self._window.count = state["count"].to(self._device)
+        sizes = {name: size for name, size in state["sizes"].items() if name not in set(without)}
+        if sizes != self._sizes:
+            raise ValueError(f"statistics are of groups {sizes}, the model has {self._sizes}")
+        wanted = (sum(state["sizes"].values()),)
+        if state["total"].shape != wanted:
+            raise ValueError(f"statistics have {tuple(state['total'].shape)} sums, {wanted} wanted")
+        spans = list(state["sizes"].values())
+        for name in ("total", "count"):
+            parts = dict(zip(state["sizes"], torch.split(state[name], spans), strict=True))
+            setattr(self._window, name, torch.cat([parts[group] for group in self._sizes]).to(self._device))
         self._window.skipped = state["skipped"].to(self._device)
         if bool(self._window.count.any() or self._window.skipped > 0):
             self._window._update_count = 1

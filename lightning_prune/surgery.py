@@ -6,7 +6,6 @@ places in optimizers stay the same: only the storage behind them is exchanged.
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -35,7 +34,7 @@ _applied: WeakKeyDictionary[nn.Module, Plan] = WeakKeyDictionary()
 _stand_ins: WeakSet[nn.Module] = WeakSet()  # modules swapped here
 _dense_attributes: WeakKeyDictionary[nn.Module, dict[tuple[str, str], Any]] = WeakKeyDictionary()  # before any cut
 _largest: WeakKeyDictionary[nn.Module, dict[str, tuple[int, ...]]] = WeakKeyDictionary()  # shapes before any cut
-_WORTH_A_COPY = 4  # entries in one piece from which on copying pieces is faster than one dimension after the other
+_IN_CACHE = 2**18  # entries that a processor's cache holds; going through main memory costs more than the copy
 _SMALL = 1e-2  # a constant below is taken for a start near zero (layer scale), at which a branch would not be seen
 
 
@@ -96,7 +95,8 @@ def cut(
     started = time.perf_counter()
     graph = graph or _graphs.get(model)
     earlier = _applied.get(model) or Plan()
-    tensors = _tensors(model)
+    modules = dict(model.named_modules())
+    tensors = _tensors(modules)
     if since is None:
         since = Plan() if _is_of_now(tensors, plan, earlier) else earlier
     before = graph.cost(since) if graph is not None else _params_only(model)
@@ -106,8 +106,8 @@ def cut(
         warnings.warn("the cut is not proved: this model was not traced; pass example_inputs=", stacklevel=2)
         proved = False
     optimizers = list(optimizers)
-    operation = _Operation(model, plan, since, tensors)
-    _largest.setdefault(model, {name: tuple(t.shape) for name, t in tensors.items()})
+    operation = _Operation(model, plan, since, modules)
+    _shapes_before_any_cut(model, tensors)
     check(optimizers, operation.parameters())
     found = absorb if isinstance(absorb, Absorbed) else for_cut(model, plan, graph, absorb, inputs, since)
     if proved:
@@ -150,8 +150,17 @@ def _swap(module: nn.Module) -> bool:
     return swapped
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+def _tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Parameters, then buffers, by name, each once; of a model's modules by path."""
+    seen: set[int] = set()
+    tensors: dict[str, Tensor] = {}
+    for kind in ("_parameters", "_buffers"):
+        for path, module in modules.items():
+            for key, tensor in getattr(module, kind).items():
+                if tensor is not None and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    tensors[f"{path}.{key}" if path else key] = tensor
+    return tensors
 
 
 def _with_attributes(model: nn.Module, named: Mapping[str, nn.Module], plan: Plan) -> dict[str, nn.Module]:
@@ -189,17 +198,20 @@ class _Operation:
         model: dense, or cut to ``since``.
         plan: where to go, in dense indices.
         since: where the model is now.
-        tensors: its parameters and buffers by name, if they are at hand.
+        modules: its modules by path, if they are at hand.
 
     Raises:
         ValueError: if the model's tensors do not have the shapes the plans speak of.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, since: Plan, tensors: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, plan: Plan, since: Plan, modules: Mapping[str, nn.Module] | None = None
+    ) -> None:
         self.model = model
         self.plan = plan
         self.since = since
-        tensors = _tensors(model) if tensors is None else tensors
+        modules = dict(model.named_modules()) if modules is None else modules
+        tensors = _tensors(modules)
         self.kept = plan.relative_to(since)
         self._tensors: dict[str, Tensor] = {}
         for name in plan.shapes:
@@ -216,7 +228,6 @@ class _Operation:
         self._shapes = {name: tuple(t.shape) for name, t in self._tensors.items()}
         self._originals = {name: t.detach() for name, t in self._tensors.items()}
         self._trial: dict[str, Tensor] = {}
-        modules = dict(model.named_modules())
         self._modules = _with_attributes(model, modules, plan)
         self._holders = _holders(modules, [*plan.attributes, *plan.shapes])
         self._attributes = {
@@ -238,7 +249,7 @@ class _Operation:
         generator = torch.Generator().manual_seed(0)
         others: list[tuple[Tensor, Tensor]] = []
         try:
-            for name, tensor in _tensors(self.model).items():
+            for name, tensor in _tensors(dict(self.model.named_modules())).items():
                 if not tensor.is_floating_point() or tensor.is_meta or not proof.is_constant(tensor):
                     continue
                 value = float(tensor.detach().flatten()[0])
@@ -344,33 +355,26 @@ def _select(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim)
     if last is None or tensor.is_contiguous() or not tensor.is_contiguous(memory_format=last):
         last = torch.contiguous_format
-    if kept and tensor.is_contiguous():
-        inner = max(kept)
-        piece = math.prod(tensor.shape[inner + 1 :])
-        block = 1 if piece >= _WORTH_A_COPY or tensor.ndim < 2 else _block(kept[inner], tensor.shape[inner])
-        if block * piece >= _WORTH_A_COPY:
-            return _blocks(tensor, kept, inner, block)
+    if len(kept) > 1 and tensor.is_cpu and tensor.numel() > _IN_CACHE:
+        return _select_in_pieces(tensor, kept, last)
     for dim, index in kept.items():
         tensor = tensor.index_select(dim, index.to(tensor.device))
     return tensor.contiguous(memory_format=last)
 
 
-def _block(kept: Tensor, size: int) -> int:
-    """The largest number b such that whole blocks of b indices are kept or go, as behind a flattened image."""
-    ends = (kept.diff() > 1).nonzero().squeeze(1)
-    edges = torch.cat([kept[:1], kept[ends] + 1, kept[ends + 1], kept[-1:] + 1])
-    return math.gcd(size, *edges.tolist())
-
-
-def _blocks(tensor: Tensor, kept: Mapping[int, Tensor], inner: int, block: int) -> Tensor:
-    """The kept slices of a contiguous tensor, all dimensions at once: each index copies what lies in one piece."""
-    sizes = [*tensor.shape[:inner], tensor.shape[inner] // block]
-    rows = torch.zeros((), dtype=torch.long)
-    for dim, size in enumerate(sizes):
-        index = kept.get(dim, torch.arange(size)) if dim < inner else kept[inner][::block] // block
-        rows = rows.unsqueeze(-1) * size + index
-    new = tensor.reshape(math.prod(sizes), -1).index_select(0, rows.flatten().to(tensor.device))
-    return new.reshape([len(kept[d]) if d in kept else n for d, n in enumerate(tensor.shape)])
+def _select_in_pieces(tensor: Tensor, kept: Mapping[int, Tensor], memory_format: torch.memory_format) -> Tensor:
+    """The kept slices, so many at a time that what lies between two dimensions' selection stays in the cache."""
+    outer, *inner = sorted(kept)
+    shape = [len(kept[dim]) if dim in kept else size for dim, size in enumerate(tensor.shape)]
+    new = torch.empty(shape, dtype=tensor.dtype, memory_format=memory_format)
+    start = 0
+    for index in torch.split(kept[outer], max(1, _IN_CACHE * tensor.shape[outer] // tensor.numel())):
+        piece = tensor.index_select(outer, index)
+        for dim in inner:
+            piece = piece.index_select(dim, kept[dim])
+        new.narrow(outer, start, len(index)).copy_(piece)
+        start += len(index)
+    return new
 
 
 def _complement(kept: Tensor, size: int) -> Tensor:
@@ -457,7 +461,7 @@ def conform(model: nn.Module, state_dict: Mapping[str, Any] | Plan, plan: Plan |
         plan, state = state_dict, {name: state_dict.current_shape(name) for name in state_dict.shapes}
     else:
         state = {name: tuple(value.shape) for name, value in state_dict.items() if isinstance(value, Tensor)}
-    tensors = _tensors(model)
+    tensors = _tensors(dict(model.named_modules()))
     missing = [name for name in tensors if name not in state and not isinstance(state_dict, Plan)]
     missing = [name for name in missing if name in model.state_dict()]
     if missing or not any(name in tensors for name in state):
@@ -482,14 +486,15 @@ def reshape_like(
     Raises:
         IncompatibleCheckpoint: if a tensor has another number of dimensions, or the plan contradicts the shapes.
     """
-    tensors = _tensors(model)
+    modules = dict(model.named_modules())
+    tensors = _tensors(modules)
     changed = {n: s for n, s in shapes.items() if n in tensors and tuple(tensors[n].shape) != tuple(s)}
     for name, shape in changed.items():
         now = tuple(tensors[name].shape)
         if len(shape) != len(now) or 0 in shape:
             raise IncompatibleCheckpoint(f"{name!r} has shape {now} in the model and {shape} in the state")
         whole = tuple(shape) if plan is None or name not in plan.shapes else plan.shapes[name]
-        if any(s > n for s, n in zip(whole, _shapes_before_any_cut(model)[name], strict=True)):
+        if any(s > n for s, n in zip(whole, _shapes_before_any_cut(model, tensors)[name], strict=True)):
             raise IncompatibleCheckpoint(
                 f"{name!r} has shape {now} in the model and the larger {whole} in the state, which pruning never makes"
             )
@@ -501,7 +506,6 @@ def reshape_like(
             told = plan.current_shape(name) if name in plan.shapes else now
             raise IncompatibleCheckpoint(f"{name!r} has shape {shape} in the state, but its plan says {told}")
     owners = {name.rpartition(".")[0] for name in changed}
-    modules = dict(model.named_modules())
     attributes = {} if plan is None else {name: v for name, v in plan.attributes.items() if name in modules}
     for module in _holders(modules, [*attributes, *changed]):
         _swap(module)  # which reads sizes, so before they change
@@ -528,8 +532,9 @@ def reshape_like(
 
 def _dense_again(model: nn.Module, names: Iterable[str]) -> None:
     """Modules all of whose tensors have their first shapes again get their first attributes, and their own class."""
-    largest, now = _shapes_before_any_cut(model), _tensors(model)
     modules = dict(model.named_modules())
+    now = _tensors(modules)
+    largest = _shapes_before_any_cut(model, now)
     for name in names:
         prefix = f"{name}." if name else ""
         if any(tuple(now[n].shape) != largest[n] for n in now if n.startswith(prefix)):
@@ -542,10 +547,10 @@ def _dense_again(model: nn.Module, names: Iterable[str]) -> None:
             _stand_ins.discard(modules[name])
 
 
-def _shapes_before_any_cut(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shapes of a model's tensors as they were when it was seen first."""
+def _shapes_before_any_cut(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Shapes of a model's tensors, by name, as they were when it was seen first."""
     if model not in _largest:
-        _largest[model] = {name: tuple(t.shape) for name, t in _tensors(model).items()}
+        _largest[model] = {name: tuple(t.shape) for name, t in tensors.items()}
     return _largest[model]
 
 
@@ -604,12 +609,19 @@ def compose(previous: Plan, step: Plan) -> Plan:
     """
     shapes = {**{n: s for n, s in step.shapes.items() if n not in previous.shapes}, **previous.shapes}
     composed: list[dict[str, dict[int, Tensor]]] = []
+    joined: dict[tuple[int, int], Tensor] = {}  # many dimensions have their indices in common
     for before, now in ((previous.kept, step.kept), (previous.buffers, step.buffers)):
         out = {name: dict(dims) for name, dims in before.items()}
         for name, dims in now.items():
+            ours = out.setdefault(name, {})
             for dim, kept in dims.items():
-                earlier = out.setdefault(name, {}).get(dim)
-                out[name][dim] = kept if earlier is None else earlier[kept]
+                if dim in ours:
+                    both = id(ours[dim]), id(kept)
+                    if both not in joined:
+                        joined[both] = ours[dim][kept]
+                    ours[dim] = joined[both]
+                else:
+                    ours[dim] = kept
         composed.append(out)
     attributes = {name: dict(values) for name, values in previous.attributes.items()}
     for name, values in step.attributes.items():

@@ -87,9 +87,14 @@ class WeightPruner(Pruner):
         allowance, _ = self._allowance(self.budget)
         if allowance < 0:
             fixed = self._fixed()
+            largest = sorted(self._exempt, key=lambda name: -self._exempt[name])[:3]
+            why = {
+                n: "ignored" if n in ignored else self._frozen.get(n, "no layer multiplies with it") for n in largest
+            }
+            most = f" (mostly {'; '.join(f'{n}: {reason}' for n, reason in why.items())})" if why else ""
             raise UnmeetableBudget(
                 f"{type(self).__name__}: a budget of {self.budget.keep:g} of the {self.budget.of} cannot be met: what "
-                f"is never pruned is {fixed / max(1, self._dense_measure()):.4f} of them; raise keep, or ignore "
+                f"is never pruned is {fixed / max(1, self._dense_measure()):.4f} of them{most}; raise keep, or ignore "
                 "fewer layers"
             )
 

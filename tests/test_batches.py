@@ -185,6 +185,47 @@ def test_batches_go_through_the_hooks_of_the_module(make_trainer):
     assert min(samples(second_iterator(trainer, model, None, 8, seed=0))[0]) >= 1000
 
 
+def test_batches_go_through_the_hook_before_the_transfer_too(make_trainer):
+    class Hooked(Plain):
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            return [2 * batch[0]]
+
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            return [batch[0] + 1]
+
+    trainer, model = Attached(make_trainer, DataLoader(Numbers(), 20), Hooked())
+    (got,) = samples(second_iterator(trainer, model, None, 20, seed=0))
+    assert sorted(got) == [2 * i + 1 for i in range(20)]
+
+
+class Noisy(Plain):
+    """Makes a tensor of its own, whose type is the default one."""
+
+    def training_step(self, batch, batch_idx):
+        return self.fc(batch[0][:, None] + torch.zeros(len(batch[0]), 1)).sum()
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("64-true", torch.float64), ("bf16-true", torch.bfloat16)])
+def test_batches_and_loss_have_the_precision_of_the_fit(make_trainer, precision, dtype):
+    trainer = make_trainer(max_epochs=1, precision=precision)
+    trainer, model = Attached(lambda **_: trainer, DataLoader(Numbers(), 8), Noisy())
+    batch = next(second_iterator(trainer, model, None, 1, seed=0))
+    assert batch[0].dtype == dtype
+    assert quiet_loss(model, batch, None).dtype == dtype
+    ((_, (seen,), _),) = example_from_batch(trainer, model, None, seed=0).calls
+    assert seen.dtype == dtype
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_loss_and_example_of_a_mixed_precision_fit_are_not_cast(make_trainer):
+    trainer = make_trainer(max_epochs=1, precision="bf16-mixed")
+    trainer, model = Attached(lambda **_: trainer, DataLoader(Numbers(), 8), Parts())
+    batch = next(second_iterator(trainer, model, None, 1, seed=0))
+    assert quiet_loss(model, batch, None).dtype == torch.float32
+    calls = example_from_batch(trainer, model, None, seed=0).calls
+    assert [args[0].dtype for _, args, _ in calls] == [torch.float32] * 2
+
+
 class Busy(pl.LightningModule):
     """A training step with everything in it that leaves a trace."""
 
@@ -238,12 +279,49 @@ def test_loss_gives_the_gradients_of_the_training_step():
     model = nn.Sequential(nn.Linear(4, 3))
     module = Plain()
     module.net = model
-    module.training_step = lambda batch, i: {"loss": F.cross_entropy(model(batch[0]), batch[1]), "other": 1}
+    module.training_step = lambda batch, batch_idx: {"loss": F.cross_entropy(model(batch[0]), batch[1]), "other": 1}
     quiet_loss(module, BATCH, None).backward()
     got = model[0].weight.grad.clone()
     model.zero_grad()
     F.cross_entropy(model(BATCH[0]), BATCH[1]).backward()
     assert torch.equal(got, model[0].weight.grad)
+
+
+class TakesTheBatchOnly(Busy):
+    def training_step(self, batch):
+        return super().training_step(batch, 0)
+
+
+class NamesTheIndexDifferently(Busy):
+    def training_step(self, batch, i, dataloader_idx=0):
+        assert (i, dataloader_idx) == (0, 0)
+        return super().training_step(batch, i)
+
+
+class TakesWhateverComes(Busy):
+    def training_step(self, *args, **settings):
+        assert args[1:] == (0,)
+        assert settings == {}
+        return super().training_step(*args)
+
+
+class TakesAnIterator(Busy):
+    def training_step(self, dataloader_iter):
+        batch, index, _ = next(dataloader_iter)
+        return super().training_step(batch, index)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [TakesTheBatchOnly, NamesTheIndexDifferently, TakesWhateverComes, TakesAnIterator],
+    ids=lambda c: c.__name__,
+)
+def test_step_gets_the_arguments_that_it_takes(module):
+    torch.manual_seed(0)
+    plain = Busy()
+    model = module()
+    model.load_state_dict(plain.state_dict())
+    assert quiet_loss(model.eval(), BATCH, None).item() == quiet_loss(plain.eval(), BATCH, None).item()
 
 
 def test_own_loss_function_is_used():
@@ -261,7 +339,7 @@ def test_manual_optimization_needs_a_loss_function():
 @pytest.mark.parametrize("returned", [None, {"no": 1}, 3.0])
 def test_step_that_returns_no_loss_is_refused(returned):
     model = Busy()
-    model.training_step = lambda batch, i: returned
+    model.training_step = lambda batch, batch_idx: returned
     with pytest.raises(RuntimeError, match=r"training_step of Busy returned .* no loss; pass loss_fn="):
         quiet_loss(model, BATCH, None)
 
@@ -314,7 +392,29 @@ def test_example_of_a_step_that_fails_says_what_to_do(make_trainer):
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
 
 
+def test_example_needs_no_loss(make_trainer):
+    class NoLoss(Parts):
+        def training_step(self, batch, batch_idx):
+            super().training_step(batch, batch_idx)
+
+    trainer, model = Attached(make_trainer, DataLoader(Numbers(), 8), NoLoss())
+    assert [module for module, _, _ in example_from_batch(trainer, model, None, seed=0).calls] == [
+        model.encoder,
+        model.head,
+    ]
+
+
+def test_example_under_manual_optimization_says_all_that_can_be_done(make_trainer):
+    trainer, model = Attached(make_trainer, DataLoader(Numbers(), 8), Parts())
+    model.automatic_optimization = False
+    said = "Parts optimizes manually.*set example_input_array, or pass example_input= or a loss_fn="
+    with pytest.raises(TraceError, match=said):
+        example_from_batch(trainer, model, None, seed=0)
+    calls = example_from_batch(trainer, model, lambda m, batch: m.head(m.encoder(batch[0][:, None])), seed=0).calls
+    assert [module for module, _, _ in calls] == [model.encoder, model.head]
+
+
 def test_example_of_a_loss_without_modules_says_so(make_trainer):
     trainer, model = Attached(make_trainer, DataLoader(Numbers(), 8), Parts())
-    with pytest.raises(TraceError, match="no module of Parts was called with a tensor"):
+    with pytest.raises(TraceError, match="no module of Parts with parameters was called with a tensor"):
         example_from_batch(trainer, model, lambda module, batch: batch[0].sum(), seed=0)

@@ -282,6 +282,29 @@ def test_told_keeps_the_way_to_the_value_and_the_reason():
     assert told("Expected a <class 'int'>") == "Expected a <class 'int'>"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("budget: half", "a budget is a fraction or {keep: 0.5, of: flops}, got 'half'"),
+        ("budget: 0.5, ignor: [a]", "Option 'ignor' is not accepted; near: ignore"),
+        ("budget: 0.5, zzz: 1", "Option 'zzz' is not accepted; L1Filter takes absorb, apply, budget, calibration, "),
+    ],
+)
+def test_config_with_a_wrong_argument_says_what_a_callback_takes(capsys, arguments, message):
+    callback = f"    - {{class_path: L1Filter, init_args: {{{arguments}}}}}\n"
+    assert main(["fit", "--config", config("run.yaml", callback)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_wrong_option_of_a_callback_on_the_command_line_is_told_once(capsys):
+    path = config("run.yaml", "    - {class_path: L1Filter, init_args: {budget: 0.5}}\n")
+    assert main(["fit", "--config", path, "--trainer.callbacks.ignor=a"]) == 2
+    said = capsys.readouterr().err.strip()
+    assert said.endswith(
+        "Problem with given class_path 'lightning_prune.L1Filter': Option 'ignor' is not accepted; near: ignore"
+    )
+
+
 # the examples
 
 

@@ -19,8 +19,12 @@ METHODS = {name: cls for name, cls in discover().items() if cls.kind != "control
 KEEP = {"channels": 0.5, "weights": 0.2}
 ROW = ("flops", "flops_kept", "params", "params_kept", "density", "flops_sparse", "event", "seconds")
 
-# A net of a thousand weights reaches its budget before the last step of a fine schedule.
-pytestmark = pytest.mark.filterwarnings("ignore:.*the event at step . changed nothing")
+pytestmark = [
+    # A net of a thousand weights reaches its budget before the last step of a fine schedule.
+    pytest.mark.filterwarnings("ignore:.*the event at step .+ changed nothing"),
+    # It has little to spare, and 32 samples say little of it.
+    pytest.mark.filterwarnings("ignore:Hierarchical. the (budget|redundancy)"),
+]
 
 
 @pytest.fixture(params=METHODS.values(), ids=METHODS)
@@ -211,7 +215,8 @@ def test_logs_its_row_at_each_event_and_epoch(method, fit, tmp_path):
 
 
 def test_draws_histograms_and_figures_for_tensorboard(method, fit, tmp_path):
-    fit(make(method, schedule=OneShot(3, unit="step")), logger=TensorBoardLogger(tmp_path, name="", version=""))
+    callback = make(method, schedule=OneShot(3, unit="step"))
+    fit(callback, logger=TensorBoardLogger(tmp_path, name="", version=""))
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     tags = events.Tags()
@@ -219,7 +224,8 @@ def test_draws_histograms_and_figures_for_tensorboard(method, fit, tmp_path):
     assert "prune/curve" in tags["images"]
     if method.kind == "channels":
         assert "prune/architecture" in tags["images"]
-        assert {"prune/score/stem", "prune/score/conv1", "prune/score/hidden"} <= set(tags["histograms"])
+        scored = {"stem", "conv1", "hidden"} - callback.report.frozen.keys()  # some methods cannot score them all
+        assert {"prune/score/conv1"} <= {f"prune/score/{name}" for name in scored} <= set(tags["histograms"])
         assert [e.step for e in events.Scalars("prune/channels/conv1")] == [2, 3, 7]  # 0-based: event, two epochs
     else:
         assert "prune/score/conv1.weight" in tags["histograms"]

@@ -27,6 +27,11 @@ def test_a_multiply_accumulate_is_one_flop():
     assert cost.by_layer == {"0": {"conv": 216}, "3": {"linear": 60}}
 
 
+def test_a_model_on_the_meta_device_costs_what_it_costs_elsewhere(cifar_net):
+    model = cifar_net()
+    assert count(copy.deepcopy(model).to("meta"), IMAGES) == count(model, IMAGES)
+
+
 def test_conv_and_linear_alone_can_be_read_off():
     model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 5))
     cost = count(model, torch.randn(1, 2, 4, 4))

@@ -55,6 +55,7 @@ def test_python_on_a_page_runs_from_top_to_bottom(page, short_trainer):
     with warnings.catch_warnings():
         # Six steps are too few for what a page does in thirty epochs.
         warnings.filterwarnings("ignore", message=".*changed nothing")
+        warnings.filterwarnings("ignore", message="Hierarchical: the budget asks for more")
         for block in blocks(page, "python"):
             exec(compile(block, name_of(page), "exec"), space)
         tests = [value for name, value in space.items() if name.startswith("test_")]

@@ -8,8 +8,21 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from matplotlib.colors import to_hex
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 
-from lightning_prune.figures import BLUE, PALE, architecture_figure, curve_figure, log_figure, log_histogram
+from lightning_prune.figures import (
+    BLUE,
+    INK,
+    ORANGE,
+    PALE,
+    architecture_figure,
+    curve_figure,
+    graph_figure,
+    log_figure,
+    log_histogram,
+)
+from lightning_prune.graph.explain import Explanation, explain
+from lightning_prune.surgery import trace
 
 ROWS = (
     {"step": 10, "prune/event": 1, "prune/flops_kept": 0.8, "prune/density": 0.9},
@@ -142,3 +155,66 @@ def test_only_the_first_process_logs(rank, logged, monkeypatch):
     log_figure([logger], "prune/architecture", architecture_figure({"a": 2}, {"a": 1}), step=7)
     log_histogram([logger], "prune/score/a", torch.ones(3), step=7)
     assert calls == logged
+
+
+class Stream(nn.Module):
+    """A normed stream of 6 channels, a branch that reads it and adds to it, and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm, self.head = nn.Linear(3, 6), nn.LayerNorm(6), nn.Linear(6, 2)
+        self.up, self.down = nn.Linear(6, 4), nn.Linear(4, 6)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head(x + self.down(self.up(self.norm(x)).relu()))
+
+
+def nodes(figure):
+    """Gid, edge colour and offset of each node, from the top."""
+    drawn = [c for c in figure.axes[0].collections if c.get_gid() is not None]
+    return [(c.get_gid(), to_hex(c.get_edgecolor()[0]).upper(), *c.get_offsets()[0].tolist()) for c in drawn]
+
+
+def test_figure_has_a_node_for_each_group_and_frozen_reason_by_depth():
+    figure = graph_figure(explain(trace(Stream(), torch.zeros(1, 3))))
+    # the head reads the stream and stands below the branch, which adds to it
+    assert nodes(figure) == [("inexact", ORANGE, 0, 0), ("exact", BLUE, 1, 1), ("frozen", INK, 1, 2)]
+    axes = figure.axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["stem", "up", "head"]
+    # 24 + 12 + 28 + 30 + 14 = 108 parameters: 4 + 2 + 4 + 5 + 2 for each of 5 channels, 13 for each of 3; the head 14
+    assert [text.get_text() for text in axes.texts] == ["6 ch, 78.7%", "4 ch, 36.1%", "frozen, 13.0%"]
+
+
+def test_figure_draws_what_is_added_back_dashed_and_up():
+    figure = graph_figure(explain(trace(Stream(), torch.zeros(1, 3))))
+    solid, dashed = (
+        c for c in figure.axes[0].collections if c.get_gid() is None and len(c.get_paths()) and c.get_zorder() == 1
+    )
+    assert [[p.vertices[0].tolist(), p.vertices[-1].tolist()] for p in solid.get_paths()] == [
+        [[0, 0], [1, 1]],
+        [[0, 0], [1, 2]],
+    ]
+    assert [[p.vertices[0].tolist(), p.vertices[-1].tolist()] for p in dashed.get_paths()] == [[[1, 1], [0, 0]]]
+
+
+@pytest.mark.parametrize("layers", [6, 101])
+def test_figure_keeps_rows_apart_and_areas_in_proportion(layers):
+    widths = [4] * layers
+    widths[2] = 40
+    model = nn.Sequential(*(nn.Linear(i, o) for i, o in zip([4, *widths], [*widths, 2], strict=True)))
+    said = explain(trace(model, torch.zeros(1, 4)))
+    figure = graph_figure(said)
+    figure.canvas.draw()
+    boxes = [label.get_window_extent() for label in figure.axes[0].get_yticklabels()]
+    assert len(boxes) == layers + 1
+    assert all(upper.y0 >= lower.y1 for upper, lower in pairwise(boxes))
+    areas = [c.get_sizes()[0] for c in figure.axes[0].collections if c.get_gid() is not None]
+    worths = [worth.whole.params for worth in said.groups]
+    assert areas[1] / areas[2] == pytest.approx(worths[1] / worths[2])
+    assert areas[2] > 2 * areas[1] > areas[0]
+
+
+def test_figure_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="needs a group or something frozen"):
+        graph_figure(Explanation(0, 0, 0.0, (), (), (), ()))

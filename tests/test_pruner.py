@@ -1,13 +1,15 @@
 import re
 import subprocess
 import sys
+import warnings
 
 import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_prune import (
     Budget,
@@ -116,7 +118,7 @@ def test_events_on_one_step_are_one_event(fit):
 def test_schedule_that_ends_after_the_fit_is_refused_before_anything_changes(fit, tiny_net):
     model = tiny_net()
     before = weights(model)
-    with pytest.raises(NoEvent, match=r"event at step 8 .* the fit has 8 steps"):
+    with pytest.raises(NoEvent, match=r"event at step 8, but the fit has 8 steps"):
         fit(L1Filter(0.5, schedule=OneShot(8, unit="step")), model=model)
     assert differing(before, model.state_dict()) == []
 
@@ -459,7 +461,7 @@ def test_group_is_measured_once_a_step_of_its_own_optimizer(fit):
 
 
 def test_manual_optimization_without_loss_fn_or_example_is_refused(fit):
-    with pytest.raises(TraceError, match=r"optimizes manually.*pass loss_fn="):
+    with pytest.raises(TraceError, match=r"optimizes manually.*pass example_input= or a loss_fn="):
         fit(L1Filter(0.5), model=Gan())
 
 
@@ -661,7 +663,7 @@ def test_model_with_one_layer_has_nothing_to_prune_and_says_why(fit, tiny_net):
         (L1Filter(0.01), r"0.01 of the flops cannot be met: with the fewest channels allowed 0\.\d+ are left"),
         (L1Filter(0.3, min_channels=5), "cannot be met"),
         (L1Filter(0.3, round_to=6), "cannot be met"),
-        (Magnitude(0.05, ignore=["conv*"]), r"what is never pruned is 0\.\d+ of them"),
+        (Magnitude(0.05, ignore=["conv*"]), r"is 0\.\d+ of them \(mostly conv1\.weight: ignored; conv2"),
         (Magnitude(Budget(0.01, of="params")), "cannot be met"),
     ],
     ids=["channels", "min_channels", "round_to", "ignored", "params"],
@@ -761,9 +763,9 @@ def test_generator_follows_the_global_seed(fit):
 def test_method_can_look_at_calibration_data_and_loss(fit):
     class Looks(LastIndices):
         def _decide_and_apply(self, trainer, model, progress):
-            batches = list(self.calibrate(trainer, model, 20))
+            batches = list(self.calibrate(20))
             self.samples = [len(batch[0]) for batch in batches]
-            self.losses = [float(self.loss(model, batch)) for batch in batches]
+            self.losses = [float(self.loss(batch)) for batch in batches]
             return super()._decide_and_apply(trainer, model, progress)
 
     callback = Looks(0.5, schedule=AT_3)
@@ -924,3 +926,92 @@ def test_where_every_group_is_unsafe_the_model_is_left_whole_and_says_so(fit, ti
     with pytest.warns(UserWarning, match="freezes"), pytest.raises(NothingToPrune, match="as trial cuts showed"):
         fit(L1Filter(0.5, schedule=OneShot(0.0)), model=model)
     assert [p.shape for p in model.parameters()] == [p.shape for p in tiny_net().parameters()]
+
+
+def test_training_that_ends_before_pruning_says_what_was_reached(fit):
+    class Stops(Callback):
+        def on_train_batch_end(self, trainer, model, outputs, batch, batch_idx):
+            trainer.should_stop = trainer.global_step == 3
+
+    callback = LastIndices(0.5, schedule=Iterative(start=2, end=6, every=2, unit="step"))
+    with pytest.warns(
+        UserWarning, match=r"ended at step 3 after 1 of 3 events, the next is due at step 4; 0\.\d+ of the"
+    ):
+        fit([callback, Stops()])
+
+
+def test_event_that_waits_for_a_finite_batch_is_said_once(fit, tiny_net):
+    class Diverged(tiny_net):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) * float("nan")
+
+    callback = TaylorWeight(0.5, schedule=AT_3, on_nonfinite="postpone")
+    with pytest.warns(UserWarning, match="LastIndices|TaylorWeight") as caught:
+        fit(callback, model=Diverged())
+    said = [str(w.message) for w in caught if "postpones its event" in str(w.message)]
+    assert len(said) == 1
+    assert [str(w.message) for w in caught if "after 0 of 1 events" in str(w.message)]
+
+
+def test_event_that_finds_its_budget_met_is_no_warning_once_something_went(fit, caplog):
+    # 24 channels in 30 events: some have nothing left to do
+    callback = LastIndices(0.9, schedule=Iterative(start=1, end=7, every=1, unit="step"))
+    with caplog.at_level("INFO"):
+        fit(callback)
+    quiet = [r for r in caplog.records if "changed nothing" in r.message]
+    assert not callback.plan.is_empty
+    assert quiet
+
+
+def test_resuming_with_another_budget_says_that_pruning_begins_anew(fit, save_each, tmp_path):
+    fit([LastIndices(0.5, schedule=AT_3), save_each()])
+    warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
+    with pytest.warns(UserWarning, match="written by LastIndices with another budget, schedule or ignore="):
+        fit(LastIndices(0.8, schedule=AT_6), max_epochs=3, ckpt_path=tmp_path / "epoch=0.ckpt")
+
+
+class Narrow(pl.LightningModule):
+    """Its first layer goes first: its channels say next to nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 12), nn.ReLU(), nn.Linear(12, 2))
+        self.example_input_array = torch.ones(2, 4)
+        with torch.no_grad():
+            self.net[0].weight.mul_(1e-3)
+            self.net[0].bias.zero_()
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        return self(batch[0]).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.parametrize("of", ["flops", "units"])
+@pytest.mark.parametrize("method", [TaylorWeight, L1Filter])
+def test_run_with_groups_of_one_channel_goes_on_as_if_nothing_had_happened(fit, tmp_path, method, of):
+    def run(name, **resume):
+        pruner = method(
+            {"keep": 0.2, "of": of}, scope="global", schedule=Iterative(start=2, end=14, every=4, unit="step")
+        )
+        data = DataLoader(TensorDataset(torch.randn(32, 4, generator=torch.Generator().manual_seed(0))), 8)
+        keep = ModelCheckpoint(tmp_path / name, filename="{step}", every_n_train_steps=4, save_top_k=-1)
+        trainer = fit([pruner, keep], Narrow(), data, max_epochs=4, **resume)
+        return trainer.lightning_module, pruner
+
+    whole, pruner = run("whole")
+    saved = torch.load(tmp_path / "whole" / "step=12.ckpt", weights_only=True)["callbacks"][pruner.state_key]
+    assert saved["alive"]["net.0"].tolist() == [1]
+    assert saved["done"] < len(pruner.events)
+    resumed, again = run("resumed", ckpt_path=tmp_path / "whole" / "step=12.ckpt")
+    assert again.plan == pruner.plan
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(pruner.report.rows, again.report.rows, strict=True):
+        assert {**a, "prune/seconds": 0} == {**b, "prune/seconds": 0}
+    assert again.state_dict()["alive"].keys() == pruner.state_dict()["alive"].keys()

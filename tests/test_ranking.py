@@ -7,7 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_prune.errors import NonFiniteScore, UnmeetableBudget
-from lightning_prune.ranking import check_finite, rank_global, rank_uniform, rank_weights, round_count, top_mask
+from lightning_prune.ranking import (
+    check_finite,
+    greedy_order,
+    rank_global,
+    rank_uniform,
+    rank_weights,
+    round_count,
+    top_mask,
+)
 
 few_values = st.lists(st.sampled_from([0.0, 0.5, 1.0, -2.0]), min_size=1, max_size=12)
 
@@ -49,6 +57,20 @@ def test_top_mask_has_the_shape_of_the_scores():
 def test_a_count_that_is_not_there_is_refused(n):
     with pytest.raises(ValueError, match=f"from 0 to the 3 scores there are, got {n}"):
         top_mask(torch.ones(3), n)
+
+
+def test_greedy_order_is_that_of_a_loop_over_all_sets():
+    rows = torch.randn(30, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    matrix, gone = rows.T @ rows, []
+    for _ in range(6):
+        sums = {i: matrix[[*gone, i]][:, [*gone, i]].sum().item() for i in range(6) if i not in gone}
+        gone.append(min(sums, key=lambda i: sums[i]))
+    assert greedy_order(matrix).tolist() == gone
+    assert gone != matrix.diagonal().argsort().tolist()  # each on its own
+
+
+def test_of_equal_units_the_greedy_order_begins_with_the_lower_index():
+    assert greedy_order(torch.eye(4)).tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

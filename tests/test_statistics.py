@@ -3,7 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_prune.statistics import ChannelSums, Statistics
+from lightning_prune.errors import NonFiniteScore
+from lightning_prune.statistics import ChannelSums, SampleSums, Statistics
 
 CPU = torch.device("cpu")
 NAN, INF = float("nan"), float("inf")
@@ -134,3 +135,54 @@ def test_sums_of_two_processes_reduce_to_the_mean_of_all_batches(batches, data):
     joined = sum(p.total for p in parts) / sum(p.count for p in parts)
     expected = torch.tensor(batches, dtype=torch.float64).mean(0)
     assert torch.allclose(joined, expected)
+
+
+def alone(value):
+    return value
+
+
+def test_weight_of_a_sum_over_samples_is_their_number():
+    # 3 samples that sum to 6, then 1 of 6: mean 12 / 4
+    statistics = Statistics({"a": 1}, CPU)
+    statistics.add({"a": vector(6.0)}, weight=3)
+    statistics.add({"a": vector(6.0)}, weight=1)
+    assert statistics.means()["a"].tolist() == [3.0]
+
+
+def test_mean_over_samples_does_not_depend_on_how_they_are_batched():
+    values = torch.randn(12, 2, 3, generator=torch.Generator().manual_seed(0))
+    means = []
+    for size in (1, 5, 12):
+        sums = SampleSums({"a": (2, 3)}, CPU)
+        for part in values.split(size):
+            assert sums.add({"a": part.sum(0)}, len(part))
+        means.append(sums.means(alone)["a"])
+    for mean in means:
+        torch.testing.assert_close(mean, values.double().mean(0), rtol=1e-6, atol=1e-7)
+
+
+def test_batch_of_samples_that_is_not_finite_is_left_out_whole():
+    sums = SampleSums({"a": (1,), "b": (1,)}, CPU)
+    sums.add({"a": vector(4.0), "b": vector(2.0)}, 2)
+    assert not sums.add({"a": vector(9.0), "b": vector(NAN)}, 5)
+    assert sums.means(alone)["a"].tolist() == [2.0]
+    assert (sums.samples, sums.skipped) == (2, 1)
+
+
+def test_sums_are_joined_over_processes_before_they_are_divided():
+    # this process saw 2 samples, another one 6 that sum to 60: mean (4 + 60) / 8
+    def total(value):
+        return value + (torch.tensor([6.0, 0.0]) if value.numel() == 2 else 60.0)
+
+    sums = SampleSums({"a": (1,)}, CPU)
+    sums.add({"a": vector(4.0)}, 2)
+    assert sums.means(total)["a"].tolist() == [8.0]
+
+
+def test_no_finite_batch_of_samples_is_an_error_that_says_which():
+    sums = SampleSums({"a": (1,)}, CPU)
+    with pytest.raises(NonFiniteScore, match="the loader gave none"):
+        sums.means(alone)
+    sums.add({"a": vector(INF)}, 2)
+    with pytest.raises(NonFiniteScore, match="1 batches were not finite"):
+        sums.means(alone)

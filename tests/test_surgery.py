@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from lightning_prune import surgery
 from lightning_prune.decision import Plan
 from lightning_prune.errors import IncompatibleCheckpoint, UnsafeCut
-from lightning_prune.surgery import _select, applied, conform, cut, difference, settle, trace
+from lightning_prune.surgery import applied, conform, cut, difference, settle, trace
 
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -624,8 +625,10 @@ def test_attributes_of_a_module_that_is_not_there_are_refused_before_any_change(
     assert same(before, state_of(model))
 
 
+@pytest.mark.parametrize("piece", [1, 20, 2**18])
 @pytest.mark.parametrize("seed", range(8))
-def test_slices_are_those_of_one_index_after_the_other_in_any_layout(seed):
+def test_slices_are_those_of_one_index_after_the_other_in_any_layout(seed, piece, monkeypatch):
+    monkeypatch.setattr(surgery, "_IN_CACHE", piece)
     random = torch.Generator().manual_seed(seed)
     for ndim in (1, 2, 3, 4):
         shape = [(1, 2, 6, 12)[i] for i in torch.randint(4, (ndim,), generator=random).tolist()]
@@ -639,4 +642,15 @@ def test_slices_are_those_of_one_index_after_the_other_in_any_layout(seed):
                 if dim % 2 == seed % 3 % 2 or ndim == 1:
                     kept[dim] = chosen.repeat_interleave(block).nonzero().squeeze(1)
                     expected = expected.index_select(dim, kept[dim])
-            assert torch.equal(_select(layout, kept), expected)
+            assert torch.equal(surgery._select(layout, kept), expected)
+
+
+@pytest.mark.parametrize("piece", [20, 2**18])
+def test_slices_keep_the_memory_format(piece, monkeypatch):
+    monkeypatch.setattr(surgery, "_IN_CACHE", piece)
+    tensor = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    last = tensor.to(memory_format=torch.channels_last)
+    new = surgery._select(last, {0: torch.tensor([0, 2, 3]), 1: torch.tensor([0, 2])})
+    assert torch.equal(new, tensor[[0, 2, 3]][:, [0, 2]])
+    assert new.is_contiguous(memory_format=torch.channels_last)
+    assert not new.is_contiguous()

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lightning_prune.budget import Budget
 from lightning_prune.commands import write
 from lightning_prune.decision import Plan
-from lightning_prune.errors import NothingToPrune, PruneError
+from lightning_prune.errors import NothingToPrune, PruneError, TraceError
 from lightning_prune.figures import graph_figure
 from lightning_prune.graph.explain import Explanation, explain
 from lightning_prune.graph.groups import ChannelGraph
@@ -70,7 +70,10 @@ def run(options: argparse.Namespace) -> int:
     pictures = _pictures(options.figure, options.out)
     name, model = made(options.model, options.arguments) if options.config is None else from_config(options.config)
     inputs = example_inputs(model, options.input)
-    graph = trace(model, inputs)
+    try:
+        graph = trace(model, inputs)
+    except TraceError as error:
+        raise TraceError(str(error).replace("example_input=", "--input")) from error
     explanation = explain(graph)
     text, value = explained(explanation, graph.frozen, name)
     failed: PruneError | None = None

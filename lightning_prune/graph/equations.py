@@ -34,7 +34,7 @@ def held(records: Records) -> dict[Attribute, Dim]:
     return out
 
 
-class _Sizes:
+class Sizes:
     """Sizes of dimensions when some channels of one group are gone.
 
     Args:
@@ -51,7 +51,7 @@ class _Sizes:
         unit_group: NDArray[np.int64],
         components: Sequence[NDArray[np.int64]],
     ) -> None:
-        self._holders = holders
+        self.holders = holders
         self._component = component
         self._unit_group = unit_group
         self._components = components
@@ -62,7 +62,7 @@ class _Sizes:
         """Groups by which an equation ceases to hold, when one channel or half of them goes."""
         dims = [equation.dim]
         for leaf in leaves(equation.form):
-            dims.append(leaf.dim if isinstance(leaf, Read) else self._holders.get(leaf, ()))
+            dims.append(leaf.dim if isinstance(leaf, Read) else self.holders.get(leaf, ()))
         groups = {g for dim in dims for ids in ids_of(dim) for g in self._row(ids)}
         return [g for g in sorted(groups) if not all(self._holds(equation, g, n) for n in self._fewer(g))]
 
@@ -90,23 +90,17 @@ class _Sizes:
         return total
 
     def _value(self, attribute: Attribute, g: int, gone: int) -> int:
-        dim = self._holders.get(attribute)
+        dim = self.holders.get(attribute)
         return attribute.value if dim is None else self._size(dim, g, gone)
 
 
-def joined(
-    records: Records,
-    holders: Mapping[Attribute, Dim],
-    component: Ids,
-    unit_group: NDArray[np.int64],
-    components: Sequence[NDArray[np.int64]],
-) -> list[tuple[Ids, Ids]]:
+def joined(records: Records, sizes: Sizes) -> list[tuple[Ids, Ids]]:
     """Edges between dimensions that the model's code takes for equally wide and that are not the same channels.
 
     Where ``x.reshape(B, C, -1)`` lays out the result of one layer by the width of another, index i of the one goes with
     index i of the other.
     """
-    sizes = _Sizes(holders, component, unit_group, components)
+    holders = sizes.holders
     edges: list[tuple[Ids, Ids]] = []
     for equation in records.equations:
         form = equation.form
@@ -119,15 +113,8 @@ def joined(
     return edges
 
 
-def broken(
-    records: Records,
-    holders: Mapping[Attribute, Dim],
-    component: Ids,
-    unit_group: NDArray[np.int64],
-    components: Sequence[NDArray[np.int64]],
-) -> dict[int, str]:
+def broken(records: Records, sizes: Sizes) -> dict[int, str]:
     """Groups that would break an equation -> the reason they are frozen for."""
-    sizes = _Sizes(holders, component, unit_group, components)
     out: dict[int, str] = {}
     for equation in records.equations:
         for g in sizes.breaks(equation):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -66,6 +66,25 @@ class Frozen:
 
 
 @dataclass(frozen=True)
+class PartlyFrozen:
+    """A layer that makes channels of a group, and others that may not go.
+
+    Attributes:
+        name: of the layer.
+        count: how many of its channels are frozen.
+        channels: how many it has.
+        reason: why, with the operator and where it is.
+        remedy: what would free them; empty if nothing is known to.
+    """
+
+    name: str
+    count: int
+    channels: int
+    reason: str
+    remedy: str
+
+
+@dataclass(frozen=True)
 class Explanation:
     """What may be cut out of a model, what not, and why.
 
@@ -75,6 +94,7 @@ class Explanation:
         prunable_share: share of the parameters with at least one coordinate that may go.
         groups: in data-flow order.
         frozen: in the order of the graph's own list.
+        partly: layers of which only some channels are frozen.
         links: (reader, made): a layer reads the one group and makes the other; indices of `groups`.
     """
 
@@ -83,6 +103,7 @@ class Explanation:
     prunable_share: float
     groups: tuple[GroupWorth, ...]
     frozen: tuple[Frozen, ...]
+    partly: tuple[PartlyFrozen, ...]
     links: tuple[tuple[int, int], ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -116,6 +137,7 @@ class Explanation:
                 }
                 for frozen in self.frozen
             ],
+            "partly": [asdict(layer) for layer in self.partly],
             "links": [[self.groups[i].group.name, self.groups[j].group.name] for i, j in self.links],
         }
 
@@ -140,6 +162,12 @@ class Explanation:
             lines.append(f"  {listed(frozen.names)}{count}: {frozen.reason}{_place(frozen)}")
             if frozen.remedy:
                 lines.append(f"      to free: {frozen.remedy}")
+        if self.partly:
+            lines.append("prunable in part:")
+        for layer in self.partly:
+            lines.append(f"  {layer.name}: {layer.count} of {layer.channels} frozen: {layer.reason}")
+            if layer.remedy:
+                lines.append(f"      to free: {layer.remedy}")
         return "\n".join(lines)
 
 
@@ -158,7 +186,11 @@ def explain(graph: ChannelGraph) -> Explanation:
         GroupWorth(group, worth(i, group.size - 1), worth(i, 1), group.name in graph.suspects)
         for i, group in enumerate(graph.groups)
     )
-    return Explanation(flops, params, graph.prunable_share, groups, _freezes(graph), _links(graph))
+    partly = tuple(
+        PartlyFrozen(name, part.count, graph.shapes[part.weight][part.dim], part.reason, remedy(part.reason))
+        for name, part in graph.partly.items()
+    )
+    return Explanation(flops, params, graph.prunable_share, groups, _freezes(graph), partly, _links(graph))
 
 
 def remedy(reason: str) -> str:
@@ -311,6 +343,7 @@ REMEDIES: tuple[tuple[str, str], ...] = (
     (r"chooses among its values", "nothing: which value is chosen is the result"),
     (r"whole groups of its convolution go", "nothing has to: the convolution loses whole groups"),
     (r"its group norm has one channel a group", "use nn.InstanceNorm with affine=True, which follows a cut"),
+    (r"no other channel goes with what it goes with", "nothing: it is the last one"),
     (r"(normalises|reads) one (channel|value)", "nothing: there is only one"),
     (r"is read together with a single value", "give both tensors the same width"),
     (r"runs over the kernel's area", "nothing: these are places in a kernel, not channels"),

@@ -22,6 +22,8 @@ from lightning_prune.cost import Cost, CostModel
 from lightning_prune.decision import Plan
 from lightning_prune.graph import equations
 from lightning_prune.graph.explain import explain
+from lightning_prune.graph.flow import Activation, Call, Flow, Tap
+from lightning_prune.graph.gates import Gate, place
 from lightning_prune.graph.labels import Dim, Ids, full, ids_of
 from lightning_prune.graph.sizes import Read, leaves
 from lightning_prune.graph.trace import LayerRecord, Records, Slot, record
@@ -134,6 +136,22 @@ class Resized:
     whole: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True)
+class Partly:
+    """What is frozen of a layer that makes other channels that may go.
+
+    Attributes:
+        weight, dim: the dimension that carries its channels.
+        count: how many of them are frozen, however many of the others go.
+        reason: why the first of them is.
+    """
+
+    weight: str
+    dim: int
+    count: int
+    reason: str
+
+
 @dataclass
 class ChannelGraph:
     """What may be cut out of a model, and at what saving.
@@ -142,7 +160,8 @@ class ChannelGraph:
         model: the traced model.
         example_inputs: what it was traced on.
         groups: what may go, in data-flow order.
-        frozen: parameter or layer -> why its channels may not go.
+        frozen: parameter or layer -> why none of its channels may go.
+        partly: layer -> what is frozen of it, where that is not all.
         costs: flops and parameters by arithmetic.
         suspects: groups whose size the model's own code may hold as a number, before that is tried.
         resized: module attributes that follow a cut.
@@ -150,12 +169,14 @@ class ChannelGraph:
         weights: parameters with more than one dimension that a layer multiplies with: what weight methods may mask.
         weight_terms: per term of the flops, the parameter it multiplies with.
         has_training_branch: whether layers run in train mode that do not in eval mode (auxiliary heads).
+        flow: which calls of a forward carry the groups.
     """
 
     model: nn.Module
     example_inputs: Any
     groups: tuple[Group, ...]
     frozen: dict[str, str]
+    partly: Mapping[str, Partly]
     costs: CostModel
     suspects: frozenset[str]
     resized: tuple[Resized, ...]
@@ -163,6 +184,7 @@ class ChannelGraph:
     weights: tuple[str, ...] = ()
     weight_terms: tuple[str | None, ...] = ()
     has_training_branch: bool = False
+    flow: Flow | None = field(default=None, repr=False)
     _by_name: dict[str, int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -183,7 +205,7 @@ class ChannelGraph:
         """
         tables = self._tables
         stays = np.ones(sum(group.size for group in self.groups), dtype=bool)
-        touched: dict[int, None] = {}
+        touched: list[Group] = []
         counts = self.costs.dense.copy()
         groups: dict[str, tuple[int, int]] = {}
         for name, mask in keep.items():
@@ -203,16 +225,16 @@ class ChannelGraph:
             groups[name] = (n, group.size)
             if n < group.size:
                 stays[tables.first_channel[i] : tables.first_channel[i] + group.size] = mask.numpy()
-                touched.update(dict.fromkeys(tables.slots_of[i]))
+                touched.append(group)
         kept: dict[str, dict[int, Tensor]] = {}
         buffers: dict[str, dict[int, Tensor]] = {}
         shapes: dict[str, tuple[int, ...]] = {}
         alive = tables.alive(stays)
-        for slot in touched:
-            name, dim, is_buffer = tables.slots[slot]
-            if not len(alive[slot]):
+        for name, dim, is_buffer in dict.fromkeys((m.name, m.dim, m.is_buffer) for g in touched for m in g.members):
+            left = alive[tables.axes[name, dim]]
+            if not left.shape[0]:
                 raise ValueError(f"{name!r} would be left without an index in dimension {dim}")
-            (buffers if is_buffer else kept).setdefault(name, {})[dim] = torch.from_numpy(alive[slot])
+            (buffers if is_buffer else kept).setdefault(name, {})[dim] = left
             shapes[name] = self.shapes[name]
         return Plan._of_valid(kept, buffers, shapes, self._attributes(counts), groups)
 
@@ -258,7 +280,7 @@ class ChannelGraph:
                     continue
                 mask = touched.setdefault(member.name, torch.zeros(self.shapes[member.name], dtype=torch.bool))
                 mask.movedim(member.dim, 0)[member.indices.reshape(-1)] = True
-        return sum(int(m.sum()) for m in touched.values()) / max(1, self.costs.flops_and_params(self.costs.dense)[1])
+        return sum(int(m.sum()) for m in touched.values()) / max(1, self.costs.params(self.costs.dense))
 
     def without(self, names: Mapping[str, str]) -> ChannelGraph:
         """The same graph with some groups frozen: group name -> reason."""
@@ -282,6 +304,7 @@ class ChannelGraph:
             self.example_inputs,
             tuple(self.groups[i] for i in stay),
             {**self.frozen, **names},
+            self.partly,
             reduced,
             self.suspects - set(names),
             self.resized,
@@ -289,6 +312,7 @@ class ChannelGraph:
             self.weights,
             self.weight_terms,
             self.has_training_branch,
+            self.flow,
         )
 
     def weight_flops(self) -> dict[str, int]:
@@ -308,9 +332,9 @@ class ChannelGraph:
         """
         tables = self._tables.after({**plan.kept, **plan.buffers})
         new = tables.split()
-        made = [tuple([Member(m.name, m.dim, next(new), m.is_buffer) for m in group.members]) for group in self.groups]
         groups = []
-        for group, members in zip(self.groups, made, strict=True):
+        for group in self.groups:
+            members = tuple([Member(m.name, m.dim, next(new), m.is_buffer) for m in group.members])
             producers = tuple(
                 Producer(
                     p.name,
@@ -332,7 +356,8 @@ class ChannelGraph:
         attributes = self._attributes(counts)
         resized = tuple(self._now(entry, attributes.get(entry.module, {})) for entry in self.resized)
         costs = replace(self.costs, dense=counts)
-        graph = replace(self, groups=tuple(groups), costs=costs, shapes=shapes, resized=resized)
+        flow = None if self.flow is None else self.flow.after(self.groups, {**plan.kept, **plan.buffers})
+        graph = replace(self, groups=tuple(groups), costs=costs, shapes=shapes, resized=resized, flow=flow)
         vars(graph)["_tables"] = tables
         return graph
 
@@ -341,6 +366,35 @@ class ChannelGraph:
         """An entry of an attribute with entries, with those as a plan leaves them."""
         whole = attributes.get(entry.attribute)
         return replace(entry, whole=whole) if entry.position is not None and isinstance(whole, tuple) else entry
+
+    def maps(self, group: Group) -> list[Tap]:
+        """A group's maps as its readers receive them: after norm, activation and add, before pooling."""
+        assert self.flow is not None
+        return self.flow.maps(group.name, [consumer.weight for consumer in group.consumers])
+
+    def gates(self, group: Group) -> list[Tap]:
+        """What a group's gates multiply: behind the norms or layers of `gate_parameters`."""
+        assert self.flow is not None
+        found: dict[Call, Tap] = {}
+        for gate in self.gate_parameters(group):
+            for tap in self.flow.made_by(gate.weight, group.name):
+                found.setdefault(tap.call, replace(tap, indices=gate.of(tap.indices)))
+        return list(found.values())
+
+    def gate_parameters(self, group: Group) -> tuple[Gate, ...]:
+        """Where a gate on a group's channels sits; see `lightning_prune.graph.gates`."""
+        assert self.flow is not None
+        known = self.flow.gates
+        if group.name not in known:
+            readers = [consumer.weight for consumer in group.consumers]
+            found = place(self.flow, group.name, readers, {p.weight: p.dim for p in group.producers})
+            known[group.name] = _with_all_parameters(group, found or gates_of(group))
+        return known[group.name]
+
+    def activation(self, producer: Producer) -> Activation:
+        """What a producer's channels go through behind its norm, or behind the layer."""
+        assert self.flow is not None
+        return self.flow.activation(producer.norms[0].gamma if producer.norms else producer.weight)
 
     def explain(self) -> str:
         """Per group what goes together and what it is worth; then what is frozen, why, and what would free it."""
@@ -351,113 +405,113 @@ class ChannelGraph:
 class _Tables:
     """All index tables of a graph's groups in one array, so that no step has to be taken table by table.
 
-    The tables of members come first, group by group; then, group by group, those of producers with their norms, and of
-    consumers. A slot is a dimension of a parameter or buffer.
+    Dimensions on which the same channels lie in the same places, such as those of a filter, its norm and the next
+    layer's input, are one *axis*, and what is the same on all of them is worked out once.
 
     Attributes:
-        slots: (name, dim, whether it is a buffer); sizes: (S,) how long that dimension is.
-        slot, group, rows, width: (T,) of each table.
-        members: how many tables are of members.
-        places: (N,) all entries, table after table, row after row: places in the table's slot.
-        slots_of: per group, the slots of its members.
+        axes: (name, dim) of a parameter or buffer -> its axis; sizes: (A,) how long that is.
+        axis, group, rows, width: (T,) of each table.
+        members: how many tables are of members; these come first.
+        places: (N,) all entries, table after table, row after row: places on the table's axis.
+        used: per group the table of each of its members, producers with their norms, and consumers, in turn.
     """
 
-    slots: Sequence[tuple[str, int, bool]]
+    axes: Mapping[tuple[str, int], int]
     sizes: NDArray[np.int64]
-    slot: NDArray[np.int64]
+    axis: NDArray[np.int64]
     group: NDArray[np.int64]
     rows: NDArray[np.int64]
     width: NDArray[np.int64]
     members: int
     places: NDArray[np.int64]
-    slots_of: Sequence[Sequence[int]]
+    used: Sequence[Sequence[int]]
 
     @classmethod
     def of(cls, groups: Sequence[Group], shapes: Mapping[str, tuple[int, ...]]) -> _Tables:
-        slots: dict[tuple[str, int], int] = {}
-        kinds: list[bool] = []
-        slot: list[int] = []
-        at: list[int] = []
-        tables: list[NDArray[np.int64]] = []
+        contents: dict[tuple[int, tuple[int, ...], bytes], int] = {}
 
-        def add(name: str, dim: int, g: int, indices: Tensor, is_buffer: bool = False) -> None:
-            if (name, dim) not in slots:
-                slots[name, dim] = len(slots)
-                kinds.append(is_buffer)
-            slot.append(slots[name, dim])
-            at.append(g)
-            tables.append(indices.numpy())
+        def content(g: int, indices: Tensor) -> int:
+            return contents.setdefault((g, tuple(indices.shape), indices.numpy().tobytes()), len(contents))
 
-        for g, group in enumerate(groups):
-            for m in group.members:
-                add(m.name, m.dim, g, m.indices, m.is_buffer)
-        members = len(tables)
-        slots_of: list[list[int]] = [[] for _ in groups]
-        for s, g in zip(slot, at, strict=True):
-            slots_of[g].append(s)
-        for g, group in enumerate(groups):
-            for p in group.producers:
-                add(p.weight, p.dim, g, p.indices)
-                for n in p.norms:
-                    add(n.gamma, 0, g, n.indices)
-            for c in group.consumers:
-                add(c.weight, c.dim, g, c.indices)
+        members = [[(m.name, m.dim, content(g, m.indices)) for m in group.members] for g, group in enumerate(groups)]
+        others = [[(name, dim, content(g, i)) for name, dim, i in _others(group)] for g, group in enumerate(groups)]
+        lie: dict[tuple[str, int], list[int]] = {(name, dim): [] for part in others for name, dim, _ in part}
+        for part in members:
+            for name, dim, c in part:
+                lie.setdefault((name, dim), []).append(c)
+        kinds: dict[tuple[int, ...], int] = {}
+        axes = {(n, dim): kinds.setdefault((shapes[n][dim], *on), len(kinds)) for (n, dim), on in lie.items()}
+        tables: dict[tuple[int, int], int] = {}
+        used = [[tables.setdefault((axes[n, dim], c), len(tables)) for n, dim, c in part] for part in members]
+        count = len(tables)
+        for g, part in enumerate(others):
+            used[g] += [tables.setdefault((axes[n, dim], c), len(tables)) for n, dim, c in part]
+        keys = list(contents)
+        shown = [keys[c] for _, c in tables]
         return cls(
-            [(name, dim, kind) for (name, dim), kind in zip(slots, kinds, strict=True)],
-            np.array([shapes[name][dim] for name, dim in slots], dtype=np.int64),
-            np.array(slot, dtype=np.int64),
-            np.array(at, dtype=np.int64),
-            np.array([len(table) for table in tables], dtype=np.int64),
-            np.array([table.shape[1] for table in tables], dtype=np.int64),
-            members,
-            np.concatenate([table.reshape(-1) for table in tables]) if tables else np.zeros(0, dtype=np.int64),
-            slots_of,
+            axes,
+            np.array([size for size, *_ in kinds], dtype=np.int64),
+            np.array([axis for axis, _ in tables], dtype=np.int64),
+            np.array([g for g, _, _ in shown], dtype=np.int64),
+            np.array([rows for _, (rows, _), _ in shown], dtype=np.int64),
+            np.array([width for _, (_, width), _ in shown], dtype=np.int64),
+            count,
+            np.frombuffer(b"".join(entries for _, _, entries in shown), dtype=np.int64),
+            used,
         )
 
     @cached_property
     def first_channel(self) -> NDArray[np.int64]:
         """(G,) number of each group's first channel, where those of all groups are counted through."""
-        size = np.zeros(len(self.slots_of), dtype=np.int64)
+        size = np.zeros(len(self.used), dtype=np.int64)
         size[self.group[: self.members]] = self.rows[: self.members]
         return _starts(size)
 
-    def alive(self, stays: NDArray[np.bool_]) -> list[NDArray[np.int64]]:
-        """Per slot its indices that stay, if of all channels these do."""
+    def alive(self, stays: NDArray[np.bool_]) -> list[Tensor]:
+        """Per axis its indices that stay, if of all channels these do."""
         rows, width = self.rows[: self.members], self.width[: self.members]
         row = np.arange(rows.sum()) + np.repeat(self.first_channel[self.group[: self.members]] - _starts(rows), rows)
         gone = np.repeat(~stays[row], np.repeat(width, rows))
         first = _starts(self.sizes)
         left = np.ones(self.sizes.sum(), dtype=bool)
-        left[(self.places[: len(gone)] + np.repeat(first[self.slot[: self.members]], rows * width))[gone]] = False
+        left[(self.places[: len(gone)] + np.repeat(first[self.axis[: self.members]], rows * width))[gone]] = False
         indices = np.flatnonzero(left)
         ends = [*np.searchsorted(indices, first).tolist(), len(indices)]
-        return [indices[a:b] - f for a, b, f in zip(ends, ends[1:], first.tolist(), strict=False)]
+        return [torch.from_numpy(indices[a:b] - f) for a, b, f in zip(ends, ends[1:], first.tolist(), strict=False)]
 
     def after(self, kept: Mapping[str, Mapping[int, Tensor]]) -> _Tables:
         """The tables once only these indices of each dimension are left; rows without one of theirs are gone."""
         first = _starts(self.sizes)
         sizes = self.sizes.copy()
         moved = np.arange(self.sizes.sum()) - np.repeat(first, self.sizes)
-        for s, (name, dim, _) in enumerate(self.slots):
-            index = kept.get(name, {}).get(dim)
-            if index is not None:
-                part = moved[first[s] : first[s] + self.sizes[s]]
-                part[:] = -1
-                part[index.numpy()] = np.arange(index.shape[0])
-                sizes[s] = index.shape[0]
-        places = moved[self.places + np.repeat(first[self.slot], self.rows * self.width)]
+        left = {axis: kept[name][dim] for (name, dim), axis in self.axes.items() if dim in kept.get(name, ())}
+        for axis, index in left.items():
+            part = moved[first[axis] : first[axis] + self.sizes[axis]]
+            part[:] = -1
+            part[index.numpy()] = np.arange(index.shape[0])
+            sizes[axis] = index.shape[0]
+        places = moved[self.places + np.repeat(first[self.axis], self.rows * self.width)]
         widths = np.repeat(self.width, self.rows)
         stays = np.minimum.reduceat(places, _starts(widths)) >= 0 if len(places) else np.zeros(0, dtype=bool)
         ends = np.concatenate([[0], np.cumsum(stays)])[np.concatenate([[0], np.cumsum(self.rows)])]
         return replace(self, sizes=sizes, rows=np.diff(ends), places=places[np.repeat(stays, widths)])
 
     def split(self) -> Iterator[Tensor]:
-        """The tables, one (C, M) after the other."""
-        start = 0
-        for rows, width in zip(self.rows.tolist(), self.width.tolist(), strict=True):
-            end = start + rows * width
-            yield torch.from_numpy(self.places[start:end].reshape(rows, width))
-            start = end
+        """What `used` names, one (C, M) table after the other; what is the same there is one tensor."""
+        ends = np.cumsum(self.rows * self.width).tolist()
+        shapes = zip([0, *ends], ends, self.rows.tolist(), self.width.tolist(), strict=False)
+        tables = [torch.from_numpy(self.places[a:b].reshape(rows, width)) for a, b, rows, width in shapes]
+        return (tables[t] for part in self.used for t in part)
+
+
+def _others(group: Group) -> Iterator[tuple[str, int, Tensor]]:
+    """(name, dim, indices) of a group's producers with their norms, and of its consumers."""
+    for p in group.producers:
+        yield p.weight, p.dim, p.indices
+        for n in p.norms:
+            yield n.gamma, 0, n.indices
+    for c in group.consumers:
+        yield c.weight, c.dim, c.indices
 
 
 def _starts(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -487,24 +541,27 @@ def build(model: nn.Module, example_inputs: Any, records: Records) -> ChannelGra
     held = equations.held(records)
     index, reasons = _indexed(records)
     names, unit_group, unit_place, unit_components = _grouped_units(index, records)
-    if joined := equations.joined(records, held, index.component, unit_group, unit_components):
+
+    def sizes() -> equations.Sizes:
+        return equations.Sizes(held, index.component, unit_group, unit_components)
+
+    if joined := equations.joined(records, sizes()):
         records.edges += joined
         index, reasons = _indexed(records)
         names, unit_group, unit_place, unit_components = _grouped_units(index, records)
-    while broken := equations.broken(records, held, index.component, unit_group, unit_components):
+    while broken := equations.broken(records, sizes()):
         for g, why in broken.items():
             index.free[unit_components[g]] = False
             reasons.update(dict.fromkeys(unit_components[g].tolist(), why))
         names, unit_group, unit_place, unit_components = _grouped_units(index, records)
     records.inexact += equations.inexact(records, held)
-    component, slot_of, free = index.component, index.slot_of, index.free
     groups, suspects = _groups(index, records, names, unit_group, unit_place, unit_components)
-    costs, resized = _costs(model, records, component, unit_group, len(groups), unit_components)
+    costs, resized = _costs(model, records, index.component, unit_group, len(groups), unit_components)
     return ChannelGraph(
         model,
         example_inputs,
         tuple(groups),
-        _frozen_names(records, component, slot_of, reasons, free),
+        *_frozen_names(records, index, unit_group, reasons),
         costs,
         frozenset(suspects),
         tuple(resized),
@@ -512,6 +569,7 @@ def build(model: nn.Module, example_inputs: Any, records: Records) -> ChannelGra
         _weights(records),
         tuple(term.weight for term in records.terms),
         records.has_training_branch,
+        Flow.of(records, index.component, unit_group, unit_place, {group.name: g for g, group in enumerate(groups)}),
     )
 
 
@@ -675,6 +733,8 @@ def _groups(
             continue
         slots = [s for s in index.slots if s.name == layer.weight]
         made = index.slot(layer.out[layer.out >= 0])
+        if made is not None and made.name != layer.weight:  # what it makes is told by another weight: find its own axis
+            made = next((s for s in slots if _same_channels(index, s, layer.out)), made)
         for slot in slots:
             if made is not None and slot.name == made.name and slot.dim == made.dim:
                 continue
@@ -710,6 +770,31 @@ def _groups(
             Group(name, len(components[g]), tuple(members[g]), tuple(made_by), tuple(consumers[g]), not why, why)
         )
     return out, suspects
+
+
+def gates_of(group: Group) -> tuple[Gate, ...]:
+    """A gate behind each producer's norm, else behind the layer."""
+    norms = [Gate(norm.gamma, 0, norm.beta) for p in group.producers for norm in p.norms]
+    return (*norms, *(Gate(p.weight, p.dim, p.bias) for p in group.producers if not p.norms and not p.gated))
+
+
+def _with_all_parameters(group: Group, gates: Sequence[Gate]) -> tuple[Gate, ...]:
+    """Gates with what the calls of their layers do not tell: a bias added later, the lengths of normed filters."""
+    names = {member.name for member in group.members}
+    out: list[Gate] = []
+    for gate in gates:
+        owner, _, own = gate.weight.rpartition(".")
+        bias = f"{owner.removesuffix('.parametrizations.weight')}.bias".removeprefix(".")
+        later = gate.bias is None and own in ("weight", "original", "original1") and bias in names
+        out.append(replace(gate, bias=bias) if later else gate)
+        if own == "original1" and f"{owner}.original0" in names:  # a filter is its direction times its length
+            out.append(Gate(f"{owner}.original0", gate.dim, None))
+    return tuple(out)
+
+
+def _same_channels(index: _Index, slot: Slot, out: Ids) -> bool:
+    ids = np.arange(slot.offset, slot.offset + slot.size)
+    return len(ids) == len(out) and bool((index.component[ids] == index.component[out]).all())
 
 
 def _with_reader_norms(producers: list[Producer], readers: list[Norm]) -> list[Producer]:
@@ -833,25 +918,37 @@ def _norms(
 
 
 def _frozen_names(
-    records: Records, component: Ids, slot_of: Ids, reasons: Mapping[int, str], free: NDArray[np.bool_]
-) -> dict[str, str]:
-    """Layers whose output channels are frozen, and parameters that nothing reached -> the reason."""
+    records: Records, index: _Index, unit_group: NDArray[np.int64], reasons: dict[int, str]
+) -> tuple[dict[str, str], dict[str, Partly]]:
+    """Layers whose output channels are frozen, and parameters that nothing reached -> the reason; then what is partly.
+
+    A channel that shares its group with no other counts as frozen.
+    """
     out: dict[str, str] = {}
+    partly: dict[str, Partly] = {}
     for layer in records.layers:
         if layer.kind == "norm":
             continue
         ids = layer.out[layer.out >= 0]
-        stuck = component[ids][~free[component[ids]]]
-        if len(stuck) == len(ids) and len(ids):
-            out.setdefault(layer.module or layer.weight or "", reasons[int(stuck[0])])
+        stuck = index.component[ids][unit_group[index.component[ids]] < 0]
+        if not len(stuck):
+            continue
+        name = layer.module or layer.weight or ""
+        first = int(stuck[0])
+        reason = reasons.setdefault(first, "no other channel goes with what it goes with, and a layer keeps one")
+        slot = index.slot(ids)
+        if len(stuck) == len(ids):
+            out.setdefault(name, reason)
+        elif slot is not None and not slot.is_virtual:
+            partly.setdefault(name, Partly(slot.name, slot.dim, len(np.unique(stuck)), reason))
     for slot in records.slots:
         if slot.name not in records.touched and not slot.is_buffer:
             out.setdefault(slot.name, f"the example input did not reach '{slot.name}'")
     for ids, why in records.frozen:
         if "no rule" in why:
-            slot = records.slots[int(slot_of[ids[0]])]
+            slot = records.slots[int(index.slot_of[ids[0]])]
             out.setdefault(slot.name, why)
-    return out
+    return out, partly
 
 
 _ATTRIBUTES = {

@@ -178,6 +178,9 @@ def _only(dim: Dim) -> Ids | None:
     return dim[0][1] if len(dim) == 1 else None
 
 
+_NONE: Ids = np.empty(0, dtype=np.int64)  # what a layer with a single output makes: it is a reader all the same
+
+
 @rule("convolution", "convolution_overrideable", "mkldnn_convolution", "cudnn_convolution")
 def _convolution(
     t: Tracer,
@@ -212,7 +215,7 @@ def _convolution(
     if not any(isinstance(a, str) for a in (*t.call.args, *t.call.kwargs.values())):  # padding="same" is not counted
         t.flops("conv", constant, [wi.dims[0], wi.dims[1]], weight)
     source = None
-    ids = _only(made)
+    ids = _only(made) if made else _NONE
     if ids is not None:
         if bias is not None:
             t.same(made, t.info(bias).dims[0], "a convolution's bias")
@@ -285,7 +288,7 @@ def _linear(t: Tracer, name: str, out: Tensor, *args: Any, **kwargs: Any) -> Non
     weight = t.origin(wi, makes)
     t.flops(_product(t, "linear"), 1, [*_numel(t, x), makes or untracked(_width(w, name))], weight)
     source = None
-    ids = _only(makes)
+    ids = _only(makes) if makes else _NONE
     if ids is not None and weight is not None:
         source = t.layer(LayerRecord("linear", t.module, ids, xi.dims[-1], weight, _param(t, bias)))
     dims = [*lead, makes][: out.ndim]

@@ -11,8 +11,10 @@ from __future__ import annotations
 import os
 import re
 import sys
+import warnings
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -83,6 +85,7 @@ class LayerRecord:
         whole_groups: whether whole groups go (True), or the same index of every group (False).
         depthwise: every output channel reads one input channel, so that it follows its producer.
         source: for a norm, number of the record that made what it reads, if nothing came between.
+        call: number of the function call it happened in; -1 where calls are not recorded.
     """
 
     kind: str
@@ -95,6 +98,35 @@ class LayerRecord:
     whole_groups: bool = True
     depthwise: bool = False
     source: int | None = None
+    call: int = -1
+
+
+@dataclass(slots=True)
+class CallRecord:
+    """One call of a torch function by the model's own code, in eval mode: where it is, and what flows in and out.
+
+    Attributes:
+        module: path of the innermost module that ran.
+        visit: how often that module was called before.
+        name: of the function.
+        number: how often this visit of the module had called it before.
+        sources: per tensor it got, in order, the call that made it and which of its outputs; None for any other tensor.
+        outputs: per tensor it returned, its dimensions.
+        function: what was called; ``rest``: its arguments but the first, ``options``: those by keyword. Only where the
+            first argument is its one tensor; else None.
+        overwritten: whether what it returned is written to later.
+    """
+
+    module: str
+    visit: int
+    name: str
+    number: int
+    sources: tuple[tuple[int, int] | None, ...] = ()
+    outputs: tuple[tuple[Dim, ...], ...] = ()
+    function: Callable[..., Any] | None = None
+    rest: tuple[Any, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    overwritten: bool = False
 
 
 @dataclass(slots=True)
@@ -145,6 +177,7 @@ class Records:
     touched: set[str] = field(default_factory=set)
     equations: list[Equation] = field(default_factory=list)
     scalars: list[tuple[Form, str]] = field(default_factory=list)
+    calls: list[CallRecord] = field(default_factory=list)
     has_training_branch: bool = False
 
     def equate(self, dim: Dim, form: Form) -> None:
@@ -177,6 +210,10 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.modules = dict(model.named_modules())
         self._paths = {module: name for name, module in self.modules.items()}
         self._path: list[str] = []
+        self._visits: list[tuple[int, Counter[str]]] = [(0, Counter())]  # of each module on the path: visit, calls made
+        self._visited: Counter[str] = Counter()
+        self._made: dict[Any, tuple[int, int]] = {}  # a tensor's data -> the call that made it, which of its outputs
+        self._written: dict[int, list[int]] = {}  # a storage -> calls that returned it
         for name, tensor in (*parameters.items(), *buffers.items()):
             dims: list[Dim] = []
             for dim, size in enumerate(tensor.shape):
@@ -345,8 +382,52 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for ids in ids_of(dim):
                 self.records.suspect.append(ids[ids >= 0])
 
+    def begin_call(self, name: str) -> CallRecord | None:
+        """Note that the model's code calls a function; None where calls are not recorded."""
+        if not self.counting or not self._path:
+            return None
+        visit, made = self._visits[-1]
+        record = CallRecord(self.module, visit, name, made[name])
+        made[name] += 1
+        self.records.calls.append(record)
+        return record
+
+    def end_call(
+        self, record: CallRecord, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], before: int, out: Any
+    ) -> None:
+        """Note what a call got and returned.
+
+        Args:
+            before: version of its first argument before it ran; another one now means that it was written to.
+        """
+        outs = [out] if isinstance(out, Tensor) else _tensors_in((out,))
+        if not outs:  # a size, or a number: nothing flows on
+            self.records.calls.pop()
+            return
+        number = len(self.records.calls) - 1
+        tensors = _tensors_in(args)
+        if kwargs:
+            tensors += _tensors_in(kwargs.values())
+        made, known = self._made, self._infos
+        record.sources = tuple([None if type(x) is nn.Parameter else made.get(_key(x)) for x in tensors])
+        if len(tensors) == 1 and args and args[0] is tensors[0]:
+            record.function, record.rest, record.options = function, args[1:], dict(kwargs)
+        # a dropout that does nothing in eval mode writes in train mode
+        if tensors and (tensors[0]._version != before or kwargs.get("inplace") is True):
+            for earlier in self._written.get(_storage(tensors[0]), ()):
+                self.records.calls[earlier].overwritten = True
+        outputs: list[tuple[Dim, ...]] = []
+        for i, x in enumerate(outs):
+            key = _key(x)
+            info = known.get(key)
+            outputs.append(() if info is None else tuple(info.dims))
+            made[key] = number, i
+            self._written.setdefault(key[0], []).append(number)
+        record.outputs = tuple(outputs)
+
     def layer(self, record: LayerRecord) -> int:
         """Note a layer; returns its number."""
+        record.call = len(self.records.calls) - 1 if self.counting else -1
         self.records.layers.append(record)
         return len(self.records.layers) - 1
 
@@ -430,16 +511,25 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Know which module runs: global hooks for the time of the trace, so that no module is touched."""
 
         def enter(module: nn.Module, _: Any) -> None:
-            self._path.append(self._paths.get(module, self.module))
+            path = self._paths.get(module)
+            if path is None:
+                self._visits.append(self._visits[-1])
+            else:
+                self._visits.append((self._visited[path], Counter()))
+                self._visited[path] += 1
+            self._path.append(self.module if path is None else path)
 
         def leave(module: nn.Module, _: Any, __: Any) -> None:
             if self._path:
                 self._path.pop()
+                self._visits.pop()
 
         first = nn.modules.module.register_module_forward_pre_hook(enter)
         second = nn.modules.module.register_module_forward_hook(leave, always_call=True)
         try:
-            yield
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Using `torch.compile.module.` when there are global hooks")
+                yield
         finally:
             first.remove()
             second.remove()
@@ -472,18 +562,23 @@ class Call(TorchFunctionMode):
         outer = self.name, self.args, self.kwargs
         self.name, self.args, self.kwargs = name, args, kwargs
         followed = self.functions.get(name)
+        record = self._tracer.begin_call(name)
+        before = args[0]._version if args and isinstance(args[0], Tensor) else 0
         try:
             if name in _ARITHMETIC:
                 self._note_scalars(args)
             if followed is None:
-                return func(*args, **kwargs)
-            self._tracer.muted += 1
-            try:
                 out = func(*args, **kwargs)
-            finally:
-                self._tracer.muted -= 1
-            kwargs.pop("out", None)  # what was written to is `out` already
-            followed(self._tracer, name, out, *args, **kwargs)
+            else:
+                self._tracer.muted += 1
+                try:
+                    out = func(*args, **kwargs)
+                finally:
+                    self._tracer.muted -= 1
+                kwargs.pop("out", None)  # what was written to is `out` already
+                followed(self._tracer, name, out, *args, **kwargs)
+            if record is not None:
+                self._tracer.end_call(record, func, args, kwargs, before, out)
             return out
         finally:
             self.name, self.args, self.kwargs = outer
@@ -658,10 +753,26 @@ def watched_mode() -> Iterator[list[str]]:
         del nn.Module.training
 
 
+def _tensors_in(values: Iterable[Any]) -> list[Tensor]:
+    """The tensors in arguments, in order; also in lists, tuples and dicts."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += _tensors_in(value)
+        elif isinstance(value, dict):
+            found += _tensors_in(value.values())
+    return found
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else id(tensor)
+
+
 def _key(tensor: Tensor) -> tuple[Any, ...]:
     """Identity of the data a tensor shows: two views of the same memory in the same layout are the same."""
-    storage = tensor.untyped_storage()._cdata if tensor.layout == torch.strided else id(tensor)
-    return storage, tensor.storage_offset(), tensor.shape, tensor.stride()
+    return _storage(tensor), tensor.storage_offset(), tensor.shape, tensor.stride()
 
 
 @dataclass(frozen=True)
@@ -764,7 +875,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                     module.training = mode
             for buffer, value in buffers:
                 if buffer.shape == value.shape:
-                    buffer.copy_(value)
+                    buffer.data.copy_(value)  # not noticed by a graph that is still to be differentiated
 
 
 def record(model: nn.Module, example_inputs: Any) -> Records:
@@ -823,8 +934,9 @@ def _pass(
             out = run(model, example_inputs, count)
     except Exception as error:
         shapes = [tuple(t.shape) for t in tree_flatten(_arguments(example_inputs))[0] if isinstance(t, Tensor)]
+        given = f"shapes {shapes}" if shapes else "no tensor in it"
         raise TraceError(
-            f"{type(model).__name__} does not run on the example input with shapes {shapes} in "
+            f"{type(model).__name__} does not run on the example input with {given} in "
             f"{'train' if training else 'eval'} mode: {type(error).__name__}: {error}; "
             "pass example_input= with what its forward takes"
         ) from error

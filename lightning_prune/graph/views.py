@@ -8,7 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lightning_prune.graph.groups import Consumer, Group, Producer
+from lightning_prune.graph.flow import Activation
+from lightning_prune.graph.groups import ChannelGraph, Consumer, Group, Producer, gates_of
 
 
 class ConsumerView:
@@ -38,17 +39,27 @@ class LayerView:
         group: the group whose channels it makes.
         measured: (C,) mean over the batches since the last event of what the method's `measure` returned, joined over
             the group's producers; None for a method that measures nothing.
+        activation: what its channels go through behind its norm, or behind the layer itself.
         weight_name: qualified name of the weight.
         kept: name -> (C,) tensors of this group that live from event to event; what goes with a channel goes here too.
     """
 
-    def __init__(self, group: Group, producer: Producer, parameters: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        group: Group,
+        producer: Producer,
+        parameters: Mapping[str, Tensor],
+        activation: Activation | None = None,
+        graph: ChannelGraph | None = None,
+    ) -> None:
         self.name = producer.name
         self.group = group
+        self.activation = activation
         self.measured: Tensor | None = None
         self.kept: dict[str, Tensor] = {}
         self.weight_name = producer.weight
         self._producer = producer
+        self._graph = graph
         self._parameters = parameters
 
     @cached_property
@@ -113,26 +124,55 @@ class LayerView:
 
     @property
     def gate_gradient(self) -> Tensor | None:
-        """(C,) dE/dz of a gate z = 1 on each channel, from parameter gradients alone.
+        """(C,) this layer's part of dE/dz of a gate z = 1 on each channel, from parameter gradients alone.
 
         Behind a norm it is gamma dE/dgamma + beta dE/dbeta, else the sum of w dE/dw over filter and bias: both exact.
-        In a net where norms stand before the layers that read (pre-activation), the gate sits behind those norms.
+        The parts of a group's producers add up to the gradient of one gate, which sits where
+        `ChannelGraph.gate_parameters` says; what is there behind none of them directly, such as a norm before the
+        layers that read, is the first one's.
 
         Returns:
             None where a gradient is missing.
         """
-        if self.has_norm:
-            total: Tensor | None = None
-            for norm in self._producer.norms:
-                for name in (norm.gamma, norm.beta):
-                    term = self._times_gradient(name, norm.indices)
-                    if term is None:
-                        if name is None:
-                            continue
-                        return None
-                    total = term if total is None else total + term
-            return torch.zeros(self.group.size, device=self.weight.device) if total is None else total
-        return self.weight_gradient
+        total: Tensor | None = None
+        for parameter, dim, rows in self._gated:
+            if parameter.grad is None:
+                return None
+            term = self._products(parameter.detach(), parameter.grad, dim, rows)
+            total = term if total is None else total + term
+        return torch.zeros(self.group.size, device=self.weight.device) if total is None else total
+
+    def _products(self, left: Tensor, right: Tensor, dim: int, rows: Tensor | None) -> Tensor:
+        """(C,) for each channel the sum of products of its entries."""
+        if left.ndim == 1 and rows is None:
+            return (left * right).reshape(self.group.size, -1).sum(dim=1)
+        left, right = left.movedim(dim, 0), right.movedim(dim, 0)
+        if rows is not None:
+            left, right = left.index_select(0, rows), right.index_select(0, rows)
+        size = self.group.size
+        return torch.einsum(
+            "cf,cf->c", left.reshape(size, -1), right.reshape(size, -1)
+        )  # without a copy of all products
+
+    @cached_property
+    def _gated(self) -> list[tuple[Tensor, int, Tensor | None]]:
+        """Parameters of its gates, their axis, and the indices of all channels on it; None for all in order."""
+        own = {self._producer.weight, *(norm.gamma for norm in self._producer.norms if self._producer.gated)}
+        first = self._producer is self.group.producers[0]
+        others = {p.weight for p in self.group.producers} | {
+            norm.gamma for p in self.group.producers for norm in p.norms if p.gated
+        }
+        tables = {(member.name, member.dim): member.indices for member in self.group.members}
+        found = []
+        for gate in gates_of(self.group) if self._graph is None else self._graph.gate_parameters(self.group):
+            if gate.weight in own or (first and gate.weight not in others):
+                for name, dim in ((gate.weight, gate.dim), (gate.bias, 0)):
+                    if name is not None:
+                        rows = gate.of(tables[name, dim]).reshape(-1)
+                        parameter = self._parameters[name]
+                        whole = len(rows) == parameter.shape[dim] and _is_range(rows)
+                        found.append((parameter, dim, None if whole else rows.to(parameter.device)))
+        return found
 
     @property
     def weight_gradient(self) -> Tensor | None:

@@ -50,6 +50,7 @@ def test_accuracy_of_the_checkpoint_by_hand(tmp_path):
     assert report["dense"]["params"] == 77_754
 
 
+@pytest.mark.filterwarnings("ignore:Hierarchical. the (redundancy of|budget asks for)")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.usefixtures("no_process")
 def test_each_method_meets_its_budget_and_leaves_everything_it_names(method, tmp_path, capsys):

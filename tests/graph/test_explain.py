@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import lightning_prune
@@ -31,6 +32,17 @@ class Residual(nn.Module):
         for branch in self.branches:
             x = x + branch(x)
         return self.head(x)
+
+
+class Padded(nn.Module):
+    """Six channels, to the middle four of which those of another layer are added."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide, self.narrow, self.head = nn.Linear(3, 6), nn.Linear(3, 4), nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.head(self.wide(x) + F.pad(self.narrow(x), (1, 1)))
 
 
 class Sliced(nn.Module):
@@ -177,6 +189,22 @@ def test_what_is_frozen_is_gathered_by_reason_and_line():
     assert both.params == 2 * (18 + 6)
     assert both.remedy.startswith("split by equal parts")
     assert (spare.reason, spare.line, spare.params) == ("the example input did not reach it", "", 12)
+
+
+def test_a_layer_frozen_in_part_is_told_with_how_many_channels_and_why():
+    graph = trace(Padded(), torch.zeros(2, 3))
+    said = explain(graph)
+    (layer,) = said.partly
+    assert (layer.name, layer.count, layer.channels) == ("wide", 2, 6)
+    assert layer.reason.startswith("'add' pairs it with channels that no parameter makes")
+    assert layer.remedy.startswith("use a layer that makes these channels")
+    lines = str(said).splitlines()
+    assert lines[-3] == "prunable in part:"
+    assert lines[-2] == f"  wide: 2 of 6 frozen: {layer.reason}"
+    assert said.to_dict()["partly"][0]["count"] == 2
+    assert "wide" not in graph.frozen
+    left = explain(graph.after(graph.plan({"wide": torch.tensor([True, False, True, False])}))).partly[0]
+    assert (left.count, left.channels) == (2, 4)
 
 
 def test_text_has_a_line_or_two_for_each_group_and_reason():

@@ -8,6 +8,7 @@ from torch import nn
 from lightning_prune.graph.groups import build
 from lightning_prune.graph.trace import record
 from lightning_prune.surgery import settle, trace
+from tests.conftest import Net
 
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 ROWS = torch.randn(2, 5, generator=torch.Generator().manual_seed(0))
@@ -278,3 +279,24 @@ def test_after_a_plan_the_graph_is_that_of_a_new_trace(cifar_net, net, check_cut
         assert told.cost().flops == found.cost().flops
         assert told.cost().params == found.cost().params
         assert dict(told.shapes) == dict(found.shapes)
+
+
+@pytest.mark.parametrize("last", [nn.Conv2d(4, 1, 1), nn.Sequential(nn.Flatten(), nn.Linear(16, 1))])
+def test_layer_with_a_single_output_is_a_reader(last):
+    graph = trace(nn.Sequential(nn.Conv2d(1, 4, 1), nn.ReLU(), last), torch.zeros(1, 1, 2, 2))
+    (group,) = graph.groups
+    (reader,) = group.consumers
+    assert reader.weight.startswith("2.")
+    assert [tap.call.name for tap in graph.maps(group)] == ["relu"]
+
+
+@pytest.mark.parametrize(("layer", "gates"), [(nn.LSTM, 4), (nn.GRU, 3), (nn.RNN, 1)])
+def test_recurrent_layer_reads_its_own_units_on_the_other_axis(layer, gates):
+    net = Net(lambda n, x: n.fc(n.rnn(x)[0][:, -1]), rnn=layer(3, 5, batch_first=True), fc=nn.Linear(5, 2))
+    group = trace(net, torch.randn(2, 4, 3)).group("rnn")
+    assert [(c.weight, c.dim, c.indices.shape[1]) for c in group.consumers] == [
+        ("rnn.weight_hh_l0", 1, 1), ("fc.weight", 1, 1),
+    ]  # fmt: skip
+    assert [(p.weight, p.dim, p.indices.shape[1]) for p in group.producers] == [
+        ("rnn.weight_ih_l0", 0, gates), ("rnn.weight_hh_l0", 0, gates),
+    ]  # fmt: skip

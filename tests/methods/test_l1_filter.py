@@ -30,6 +30,12 @@ def test_score_sums_absolute_values():
     assert l1_filter_score(W1).tolist() == [3.0, 1.0, 3.0]
 
 
+def test_scores_of_many_weights_are_bit_by_bit_those_of_all_at_once():
+    for shape in ((5, 300_000), (3, 2**19), (1, 2**19), (700, 2_001)):
+        filters = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(l1_filter_score(filters), filters.abs().sum(dim=1))
+
+
 def test_independent_and_greedy_disagree_where_a_producer_is_gone():
     # filter 1 of the first layer goes. Independent: (5.2, 2.5, 3.2), 1 goes next; without input 1: (0.2, 2.5, 3.0), 0
     graph = trace(two_layers(), torch.zeros(1, 2, 4, 4))

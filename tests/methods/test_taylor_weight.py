@@ -1,13 +1,24 @@
+import copy
+import itertools
+
 import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_prune import Budget, Iterative, OneShot, TaylorWeight, trace
+from lightning_prune import Budget, Iterative, OneShot, TaylorWeight, cut, trace
 from lightning_prune.graph.views import LayerView
-from lightning_prune.methods.taylor_weight import moving_average, taylor_weight_score
+from lightning_prune.methods.taylor_weight import (
+    gate_derivatives,
+    moving_average,
+    second_order_score,
+    taylor_weight_score,
+)
 from lightning_prune.statistics import Statistics
+from lightning_prune.taps import gated
+from tests.conftest import Net, with_random_norms
+from tests.nets import NETS
 
 CPU = torch.device("cpu")
 
@@ -16,7 +27,7 @@ def views_of(model, x):
     """Group name -> its views, on a model traced with x."""
     parameters = dict(model.named_parameters())
     graph = trace(model, x)
-    return {g.name: [LayerView(g, p, parameters) for p in g.producers] for g in graph.groups}
+    return {g.name: [LayerView(g, p, parameters, None, graph) for p in g.producers] for g in graph.groups}
 
 
 def gate_gradients(model, x, loss):
@@ -287,10 +298,12 @@ def test_ranks_all_layers_together_without_normalising(fit):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"order": 3}, "order must be"),
-        ({"on": "filter"}, "on must be 'gate' or 'weight', got 'filter'"),
+        ({"order": 3}, "order must be 1 or 2, got 3"),
+        ({"on": "filter"}, "on must be one of 'gate', 'weight', got 'filter'"),
         ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
         ({"momentum": -0.1}, "momentum must be"),
+        ({"group_norm": "mean"}, "group_norm must be one of 'none', 'count', got 'mean'"),
+        ({"samples": 0}, "samples must be at least 1, got 0"),
     ],
 )
 def test_bad_settings_are_refused(settings, message):
@@ -304,3 +317,232 @@ def test_a_layer_in_front_of_a_norm_without_a_scale_is_warned_of():
     graph = trace(model, torch.zeros(2, 1, 8, 8))
     with pytest.warns(UserWarning, match="0 stand in front of a norm without a scale"):
         TaylorWeight(0.5).check(graph)
+
+
+def scores_of(model, batches, loss, order=2, **settings):
+    """group -> (C,) without a Trainer, in double precision."""
+    method = TaylorWeight(0.9, order=order, calibration=batches, loss_fn=loss, **settings)
+    return method.scores_for(trace(model, batches[0]))
+
+
+def squared_error(model, batch):
+    return 0.5 * (model(batch) - 1).square().mean()
+
+
+def two_layers(a):
+    """y = sum of a_i x, with a gate on each term."""
+    model = nn.Sequential(nn.Linear(1, len(a), bias=False), nn.Linear(len(a), 1, bias=False)).double()
+    with torch.no_grad():
+        model[0].weight[:] = torch.tensor(a, dtype=torch.float64)[:, None]
+        model[1].weight[:] = 1
+    return model
+
+
+def test_second_order_is_exact_on_the_quadratic_example():
+    # E = (z a - 1)^2 / 2 with a (2, 1, -1/2): E(z_m = 0) - E = (-1, -1, 0.875); first order says 3, 1.5, -0.75
+    model, one = two_layers([2.0, 1.0, -0.5]), torch.ones(1, 1, dtype=torch.float64)
+    assert scores_of(model, [one], squared_error)["0"].tolist() == [1.0, 1.0, 0.765625]
+    assert scores_of(model, [one], squared_error, order=1)["0"].tolist() == [9.0, 2.25, 0.5625]
+    # a whole row of the Hessian, as the paper prints it, would give (0.25, 0.0625, 0.015625)
+    gates = torch.tensor([2.0, 1.0, -0.5])
+    row = torch.outer(gates, gates).sum(1)
+    assert second_order_score(1.5 * gates, row).tolist() == [0.25, 0.0625, 0.015625]
+
+
+def test_second_order_tells_units_apart_where_all_gradients_are_zero():
+    # a (2, -1) reaches the target, so E' = 0; without a unit E = (0 - 2)^2 / 2 = 2 and (2 - 1)^2 / 2 = 0.5
+    model, one = two_layers([2.0, -1.0]), torch.ones(1, 1, dtype=torch.float64)
+    assert scores_of(model, [one], squared_error, order=1)["0"].tolist() == [0.0, 0.0]
+    assert scores_of(model, [one], squared_error)["0"].tolist() == [4.0, 0.25]
+
+
+def test_second_order_is_the_mean_over_batches_of_squares():
+    # one input: E = ((a - 1)^2 - 1) / 2 of an only unit a = 3 changes by -3/2, input 0 changes nothing
+    model = two_layers([3.0, 0.0])
+    batches = [torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)]
+    assert scores_of(model, batches, squared_error)["0"][0].item() == pytest.approx(1.5**2 / 2)
+
+
+def branches(norm=True):
+    """Two branches into one stream, a gate on which the output is linear in."""
+    layers = {"a": nn.Conv2d(2, 4, 3), "b": nn.Conv2d(2, 4, 3), "fc": nn.Linear(4, 2)}
+    if norm:
+        layers |= {"norm_a": nn.BatchNorm2d(4), "norm_b": nn.BatchNorm2d(4)}
+
+    def forward(n, x):
+        parts = [n.norm_a(n.a(x)), n.norm_b(n.b(x))] if norm else [n.a(x), n.b(x)]
+        return n.fc(sum(parts).mean((2, 3)))
+
+    return with_random_norms(Net(forward, **layers)).double().eval()
+
+
+def weighted_sum(model, batch):
+    return (model(batch) * torch.tensor([1.0, -2.0])).sum(1).mean()
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_second_order_equals_the_first_where_the_loss_is_linear(norm):
+    torch.manual_seed(0)
+    model, batches = branches(norm), [rows(3, 2, 7, 7), rows(5, 2, 7, 7, seed=1)]
+    first, second = (scores_of(model, batches, weighted_sum, order) for order in (1, 2))
+    assert list(first) == list(second) == ["a"]
+    assert first["a"].min() > 0
+    assert torch.allclose(first["a"].double(), second["a"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_second_order_is_the_squared_change_of_really_cutting_where_the_loss_is_quadratic(norm):
+    torch.manual_seed(0)
+    model, batches = branches(norm), [rows(3, 2, 7, 7), rows(5, 2, 7, 7, seed=1)]
+    score = scores_of(model, batches, squared_error)["a"]
+    for channel in range(4):
+        cut_model = copy.deepcopy(model)
+        graph = trace(cut_model, batches[0])
+        cut(cut_model, graph.plan({"a": torch.arange(4) != channel}), graph=graph, absorb=False)
+        with torch.no_grad():
+            changes = [squared_error(cut_model, batch) - squared_error(model, batch) for batch in batches]
+        assert score[channel].item() == pytest.approx(torch.stack(changes).square().mean().item(), rel=1e-9)
+
+
+def test_derivatives_by_gates_are_those_of_the_whole_hessian(with_random_norms):
+    torch.manual_seed(0)
+    model = with_random_norms(
+        nn.Sequential(nn.Conv2d(1, 5, 3), nn.BatchNorm2d(5), nn.SiLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(45, 3))
+    )
+    model = model.double().eval()
+    x, labels = rows(4, 1, 8, 8), torch.tensor([0, 1, 2, 0])
+
+    def loss(gate):
+        return F.cross_entropy(model[2:](gate[:, None, None] * model[:2](x)), labels)
+
+    gate = torch.ones(5, dtype=torch.float64, requires_grad=True)
+    ((first, second),) = gate_derivatives(loss(gate), [gate], at_once=2)
+    hessian = torch.autograd.functional.hessian(loss, gate.detach())
+    assert torch.allclose(first, torch.autograd.grad(loss(gate), gate)[0])
+    assert torch.allclose(second, hessian.diag(), rtol=1e-9)
+    assert second.abs().min() > 1e-8
+
+
+class Looks(torch.autograd.Function):
+    """x squared, whose backward asks for values, which a batch of gradients has no single one of."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return 2 * x * grad if bool((grad == grad).all()) else grad
+
+
+def test_operator_that_cannot_be_batched_is_run_row_by_row_with_a_warning():
+    gate = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    scale = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    with pytest.warns(UserWarning, match="one by one, which takes longer"):
+        ((_, second),) = gate_derivatives(Looks.apply(Looks.apply(scale * gate)).sum(), [gate])
+    assert second.tolist() == (12 * scale**4).tolist()  # (a z)^4
+
+
+def test_second_order_of_filters_is_what_a_filter_of_zeros_does_to_the_loss():
+    # the norm's shift stays, so that this is not what a cut does
+    torch.manual_seed(0)
+    model, batch = branches(), rows(6, 2, 7, 7)
+    with pytest.warns(UserWarning, match=r"on='weight' scores 1 groups.*the score is of a filter of zeros"):
+        score = scores_of(model, [batch], squared_error, on="weight")["a"]
+    for channel in range(4):
+        zeroed = copy.deepcopy(model)
+        with torch.no_grad():
+            for layer in (zeroed.a, zeroed.b):
+                layer.weight[channel], layer.bias[channel] = 0, 0
+            change = squared_error(zeroed, batch) - squared_error(model, batch)
+        assert score[channel].item() == pytest.approx(change.item() ** 2, rel=1e-9)
+
+
+def test_second_order_of_gates_and_filters_agree_without_norms():
+    torch.manual_seed(0)
+    model, batch = branches(norm=False), rows(6, 2, 7, 7)
+    gates, filters = (scores_of(model, [batch], squared_error, on=on)["a"] for on in ("gate", "weight"))
+    assert torch.allclose(gates, filters, rtol=1e-12)
+
+
+def test_second_order_leaves_gradients_and_statistics_of_norms_alone():
+    torch.manual_seed(0)
+    model = branches().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    scores_of(model, [rows(6, 2, 7, 7)], squared_error)
+    assert model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_second_order_goes_through_checkpointed_blocks():
+    torch.manual_seed(0)
+    net = NETS["checkpointed"].build().double()
+    plain = copy.deepcopy(net)
+    plain.forward = lambda x: plain.fc(plain.block2(plain.block1(plain.stem(x))).mean((2, 3)))
+    batch = NETS["checkpointed"].inputs(3).double()
+    for name, score in scores_of(net, [batch], squared_error).items():
+        assert torch.allclose(score, scores_of(plain, [batch], squared_error)[name], rtol=1e-9)
+
+
+def test_second_order_with_two_inputs_equals_finite_differences():
+    torch.manual_seed(0)
+    net, batch = NETS["several_inputs"].build().double().eval(), NETS["several_inputs"].inputs(3)
+    batch = {name: value.double() for name, value in batch.items()}
+    graph = trace(net, batch)
+
+    def loss(model, batch):
+        return model(**batch).logsumexp(1).mean()
+
+    scores = TaylorWeight(0.9, order=2, calibration=[batch], loss_fn=loss).scores_for(graph)
+    group, step = graph.group("numbers"), 1e-4
+    for channel in range(group.size):
+        errors = []
+        for z in (1 - step, 1.0, 1 + step):
+            gate = torch.where(torch.arange(group.size) == channel, z, 1.0).double()
+            with torch.no_grad(), gated(net, {"numbers": graph.gates(group)}, {"numbers": gate}):
+                errors.append(loss(net, batch).item())
+        first, second = (errors[2] - errors[0]) / (2 * step), (errors[2] - 2 * errors[1] + errors[0]) / step**2
+        assert scores["numbers"][channel].item() == pytest.approx((first - second / 2) ** 2, rel=1e-3, abs=1e-9)
+
+
+def test_second_order_prunes_a_fit_to_its_budget(fit):
+    callback = TaylorWeight(0.5, order=2, samples=8, schedule=Iterative(start=2, end=6, events=2, unit="step"))
+    fit(callback)
+    assert callback.events_done == 2
+    assert callback.report.flops_kept <= 0.5
+
+
+def test_group_norm_divides_by_the_number_of_gates():
+    torch.manual_seed(0)
+    model, batch = branches(), rows(6, 2, 7, 7)
+    for order in (1, 2):
+        whole, part = (scores_of(model, [batch], squared_error, order, group_norm=g)["a"] for g in ("none", "count"))
+        assert torch.allclose(part, whole / 2)
+
+
+def test_paper_schedule_removes_so_many_units_every_so_many_steps(fit):
+    schedule = TaylorWeight.paper_schedule(1000)
+    assert [event.step for event in schedule.resolve(400, None)] == list(range(30, 301, 30))
+    schedule = TaylorWeight.paper_schedule(6, updates=2, at_once=3)
+    callback = TaylorWeight(Budget(0.8, of="units"), schedule=schedule)  # 6 of 30
+    fit(callback)
+    assert [round(30 * (1 - row["prune/density"])) for row in callback.report.rows] == [3, 6]
+    assert [row["step"] for row in callback.report.rows] == [2, 4]
+    with pytest.raises(ValueError, match="units must be at least 1, got 0"):
+        TaylorWeight.paper_schedule(0)
+
+
+def test_removed_units_never_come_back_whatever_the_average(fit):
+    class Spy(TaylorWeight):
+        def after_prune(self, keep):
+            self.sizes.append({name: int(mask.sum()) for name, mask in keep.items()})
+
+    callback = Spy(Budget(0.6, of="units"), schedule=Iterative(start=1, end=6, events=6, unit="step"), apply="mask")
+    callback.sizes = []
+    fit(callback)
+    for earlier, later in itertools.pairwise(callback.sizes):
+        assert all(later[name] <= earlier[name] for name in later)
+    assert sum(callback.sizes[-1].values()) == 18
