@@ -1,6 +1,6 @@
 """All methods on the digits, next to dense: test accuracy at the same budget, over seeds.
 
-    python benchmarks/digits.py [--seeds 0 1 2] [--epochs 15] [--channels 0.5] [--weights 0.1] --out FILE.csv
+    python benchmarks/digits.py [--seeds 0 1 2] [--epochs 15] [--channels 0.5 0.25] [--weights 0.1] --out FILE.csv
 
 Each run trains for the same epochs from the same seed; the method prunes on its default schedule while it trains. Rows
 are appended to the file, and runs it already holds are not repeated.
@@ -55,29 +55,30 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=15)
-    parser.add_argument("--channels", type=float, default=0.5)
+    parser.add_argument("--channels", nargs="*", type=float, default=[0.5, 0.25])
     parser.add_argument("--weights", type=float, default=0.1)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     rows = list(csv.DictReader(options.out.open())) if options.out.exists() else []
-    keeps = {"dense": 1.0}
-    for name, cls in discover().items():
-        keeps[name] = options.weights if cls.kind == "weights" else options.channels
+    kinds = {name: cls.kind for name, cls in discover().items() if cls.kind != "control"}
+    wanted = [("dense", 1.0)]
+    wanted += [(name, keep) for keep in options.channels for name, kind in kinds.items() if kind == "channels"]
+    wanted += [(name, options.weights) for name, kind in kinds.items() if kind == "weights"]
     with options.out.open("a", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=FIELDS)
         if not rows:
             writer.writeheader()
-        for method, keep in keeps.items():
+        for method, keep in wanted:
             for seed in options.seeds:
-                wanted = (method, str(keep), str(seed), str(options.epochs))
-                if any((r["method"], r["keep"], r["seed"], r["epochs"]) == wanted for r in rows):
+                key = (method, str(keep), str(seed), str(options.epochs))
+                if any((r["method"], r["keep"], r["seed"], r["epochs"]) == key for r in rows):
                     continue
                 row = run(method, keep, seed, options.epochs)
                 rows.append({key: str(value) for key, value in row.items()})
                 writer.writerow(row)
                 file.flush()
     table = []
-    for method, keep in keeps.items():
+    for method, keep in wanted:
         mine = [r for r in rows if r["method"] == method and float(r["keep"]) == keep]
         scores = [100 * float(r["accuracy"]) for r in mine]
         table.append(

@@ -159,7 +159,7 @@ def quiet_loss(model: nn.Module, batch: Any, loss_fn: Callable[[Any, Any], Tenso
 
 def _quiet_step(model: nn.Module, batch: Any, loss_fn: Callable[[Any, Any], Tensor] | None) -> Any:
     grad = torch.is_grad_enabled()
-    with isolate_rng(), without_log(model), undisturbed(model), _precision(model), torch.set_grad_enabled(grad):
+    with isolate_rng(), without_log(model), undisturbed(model), own_precision(model), torch.set_grad_enabled(grad):
         if loss_fn is not None:
             return loss_fn(model, batch)
         assert isinstance(model, pl.LightningModule)
@@ -167,7 +167,7 @@ def _quiet_step(model: nn.Module, batch: Any, loss_fn: Callable[[Any, Any], Tens
 
 
 @contextmanager
-def _precision(model: nn.Module) -> Iterator[None]:
+def own_precision(model: nn.Module) -> Iterator[None]:
     """New tensors are of the type that the trainer says; without autocast, which would leave its types in between."""
     attached = getattr(model, "_trainer", None)
     step = nullcontext() if attached is None else attached.precision_plugin.train_step_context()

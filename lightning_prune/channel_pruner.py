@@ -18,6 +18,7 @@ from typing_extensions import override
 from lightning_prune import checkpoint as _checkpoint
 from lightning_prune import figures, surgery
 from lightning_prune.absorb import Absorbed, checked, for_cut
+from lightning_prune.batches import own_precision
 from lightning_prune.budget import Budget
 from lightning_prune.compensation import Compensation, restore
 from lightning_prune.cost import Cost
@@ -298,7 +299,8 @@ class ChannelPruner(Pruner):
             return
         self._seen = seen
         before = {group.name: group.size for group in self._groups}
-        self._graph = surgery.trace(model, self.graph.example_inputs)
+        with own_precision(model):
+            self._graph = surgery.trace(model, self.graph.example_inputs)
         self._groups = [group for group in self.graph.groups if group.name in before and group.producers]
         same = {group.name for group in self._groups if group.size == before[group.name]}
         self._statistics.drop(before.keys() - same)

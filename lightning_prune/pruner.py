@@ -39,6 +39,7 @@ from lightning_prune import figures, surgery
 from lightning_prune.batches import (
     evaluating,
     example_from_batch,
+    own_precision,
     quiet_loss,
     second_iterator,
     share,
@@ -498,7 +499,8 @@ class Pruner(Callback):
             example = model.example_input_array
         if example is None:
             example = example_from_batch(trainer, model, self.loss_fn, self.seed("example"))
-        return surgery.trace(model, example)
+        with own_precision(model):
+            return surgery.trace(model, example)
 
     def _run_due(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
         """Run the last of the events that are due; the earlier ones are contained in it."""
@@ -507,8 +509,7 @@ class Pruner(Callback):
             return
         started = time.perf_counter()
         try:
-            autocast = torch.autocast(model.device.type, enabled=False)
-            with torch.no_grad(), autocast, self._event(trainer, model):
+            with torch.no_grad(), own_precision(model), self._event(trainer, model):
                 changed = self._decide_and_apply(trainer, model, self._events[due[-1]].progress)
         except NonFiniteScore as error:
             if self.on_nonfinite == "raise":

@@ -1015,3 +1015,16 @@ def test_run_with_groups_of_one_channel_goes_on_as_if_nothing_had_happened(fit, 
     for a, b in zip(pruner.report.rows, again.report.rows, strict=True):
         assert {**a, "prune/seconds": 0} == {**b, "prune/seconds": 0}
     assert again.state_dict()["alive"].keys() == pruner.state_dict()["alive"].keys()
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_tensors_that_a_forward_makes_have_the_precision_of_the_fit(fit, tiny_net, precision):
+    class Makes(tiny_net):
+        def forward(self, x):
+            return super().forward(
+                x + torch.nn.functional.linear(torch.ones(1, 1), self.stem.weight[:1, 0, :1, 0]).sum()
+            )
+
+    callback = TaylorWeight(0.5, schedule=AT_3)
+    fit(callback, model=Makes(), precision=precision)
+    assert callback.report.flops_kept <= 0.5

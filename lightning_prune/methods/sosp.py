@@ -26,6 +26,7 @@ from lightning_prune.graph.flow import Tap
 from lightning_prune.graph.groups import ChannelGraph, Group
 from lightning_prune.graph.views import LayerView
 from lightning_prune.pruner import Paper, one_of
+from lightning_prune.ranking import greedy_order
 from lightning_prune.schedule import OneShot
 from lightning_prune.statistics import SampleSums
 from lightning_prune.taps import SampleGradients, watching
@@ -66,30 +67,6 @@ def sosp_i_matrix(first: Tensor, pairs: Tensor) -> Tensor:
         (S, S), at least 0.
     """
     return torch.diag(first.abs()) + 0.5 * pairs.abs()
-
-
-def removal_order(matrix: Tensor) -> Tensor:
-    """The greedy order of SOSP-I: each time goes what adds least to the sum of Q over all that is gone.
-
-    Args:
-        matrix: (S, S), symmetric.
-
-    Returns:
-        (S,) int64: the channels, first to go first; of equal ones the lower index.
-
-    Example:
-        >>> removal_order(torch.tensor([[2.0, 0.5, 0.5], [0.5, 1.5, 0.0], [0.5, 0.0, 0.6]]))
-        tensor([2, 1, 0])
-    """
-    q = matrix.detach().double().cpu().numpy()
-    added = q.diagonal().copy()
-    order = []
-    for _ in range(len(q)):
-        least = int(added.argmin())
-        order.append(least)
-        added += 2 * q[least]
-        added[least] = float("inf")
-    return torch.tensor(order, dtype=torch.int64)
 
 
 def gradient_and_product(
@@ -177,7 +154,7 @@ class SOSP(ChannelPruner):
                 sums = self._curvature(parameters, slices)
                 return {n: sosp_h_score(sums[f"{n}/first"], sums[f"{n}/second"]) for n in slices}
             first, pairs = self._pairs(parameters, slices)
-        place = removal_order(sosp_i_matrix(first, pairs)).argsort().double()  # the last to go scores highest
+        place = greedy_order(sosp_i_matrix(first, pairs)).argsort().double()  # the last to go scores highest
         sizes = [len(part[0][2]) for part in slices.values()]
         return dict(zip(slices, torch.split(place, sizes), strict=True))
 

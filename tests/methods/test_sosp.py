@@ -15,11 +15,11 @@ from lightning_prune.methods.sosp import (
     all_channels,
     by_channel,
     gradient_and_product,
-    removal_order,
     slices_of,
     sosp_h_score,
     sosp_i_matrix,
 )
+from lightning_prune.ranking import greedy_order
 from lightning_prune.taps import gated
 
 
@@ -136,7 +136,7 @@ def test_quadratic_example_of_i():
     assert torch.allclose(matrix, expected)
     assert float(matrix[:2, :2].sum()) == pytest.approx(4.5)
     # 2 goes first (0.6), then 1 adds 1.5 and 0 adds 2 + 2 * 0.5 = 3
-    assert removal_order(matrix).tolist() == [2, 1, 0]
+    assert greedy_order(matrix).tolist() == [2, 1, 0]
 
 
 def test_greedy_order_is_that_of_a_slow_loop_and_not_of_the_diagonal():
@@ -147,12 +147,12 @@ def test_greedy_order_is_that_of_a_slow_loop_and_not_of_the_diagonal():
     while len(gone) < 12:
         left = [s for s in range(12) if s not in gone]
         gone.append(min(left, key=lambda s: float(matrix[[*gone, s]][:, [*gone, s]].sum())))
-    assert removal_order(matrix).tolist() == gone
+    assert greedy_order(matrix).tolist() == gone
     assert gone != matrix.diagonal().argsort().tolist()
 
 
 def test_lower_index_goes_first_among_equal_ones():
-    assert removal_order(torch.ones(4, 4)).tolist() == [0, 1, 2, 3]
+    assert greedy_order(torch.ones(4, 4)).tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("structure", ["gate", "filter", "all"])
