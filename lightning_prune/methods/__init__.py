@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
 
@@ -11,6 +12,11 @@ from lightning_prune.pruner import Pruner
 
 def discover() -> dict[str, type[Pruner]]:
     """Every method there is: class name -> class, in order of file and definition."""
+    return dict(_found())
+
+
+@cache  # a plan of an iterative run asks each time
+def _found() -> dict[str, type[Pruner]]:
     found: dict[str, type[Pruner]] = {}
     for entry in iter_modules(__path__):
         module = import_module(f"{__name__}.{entry.name}")
