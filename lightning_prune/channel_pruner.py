@@ -53,7 +53,7 @@ class ChannelPruner(Pruner):
         min_channels: fewest channels a group keeps.
         scope: "global", one ranking of all groups, or "uniform", one common fraction solved for the budget.
         keep: group -> fraction of its own, with ``scope="uniform"``.
-        verify: prove the "first" cut, "always", or "never".
+        verify: prove the "first" cut of each group, "always", or "never".
         absorb: add the constants of channels that go to what their readers make; a number takes near-constant channels
             as well, up to that tolerance (see `lightning_prune.absorb`), for which ``example_input`` has to be data.
         **shared: see `Pruner`.
@@ -526,7 +526,7 @@ class ChannelPruner(Pruner):
                 graph=graph,
                 since=since,
                 absorb=self._absorbed(trainer, model, plan, since),
-                verify="always" if self.verify == "first" and not self._plan.kept else _rest(self.verify),
+                verify="always" if self._to_be_proved(keep) else "never",
             )
         except UnsafeCut as error:
             restore(model, before)
@@ -563,6 +563,13 @@ class ChannelPruner(Pruner):
             self._watch(model)
         _checkpoint.wrap_again(trainer, model)
         return keep
+
+    def _to_be_proved(self, keep: Mapping[str, Tensor]) -> bool:
+        """With "first": whether a group is cut that has not been before, so that nothing is proved of it yet."""
+        if self.verify != "first":
+            return self.verify == "always"
+        cut = {name for name, (left, size) in self._plan.groups.items() if left < size}
+        return any(not bool(mask.all()) and name not in cut for name, mask in keep.items())
 
     def _absorbed(self, trainer: pl.Trainer, model: nn.Module, plan: Plan, since: Plan) -> Absorbed:
         """What a cut of the module, or of a copy of it, is to absorb; the same on all processes."""
@@ -633,10 +640,6 @@ class ChannelPruner(Pruner):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)
         self._stop_watching()
-
-
-def _rest(verify: str) -> str:
-    return "always" if verify == "always" else "never"
 
 
 def _anchor(view: LayerView, parameters: Mapping[str, Tensor]) -> int:

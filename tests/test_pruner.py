@@ -23,6 +23,7 @@ from lightning_prune import (
     TaylorWeight,
     WeightPruner,
     count,
+    surgery,
     trace,
 )
 from lightning_prune.errors import NoEvent, NonFiniteScore, NothingToPrune, TraceError, UnmeetableBudget
@@ -1028,3 +1029,27 @@ def test_tensors_that_a_forward_makes_have_the_precision_of_the_fit(fit, tiny_ne
     callback = TaylorWeight(0.5, schedule=AT_3)
     fit(callback, model=Makes(), precision=precision)
     assert callback.report.flops_kept <= 0.5
+
+
+@pytest.mark.parametrize(
+    ("verify", "proofs"), [("first", [True, True, False]), ("never", [False] * 3), ("always", [True] * 3)]
+)
+def test_cut_is_proved_where_a_group_is_cut_for_the_first_time(fit, monkeypatch, verify, proofs):
+    class Later(LastIndices):
+        """Its first event takes of 'conv1', the second of 'hidden', the third of both."""
+
+        def select(self, scores, fits):
+            keep = {name: torch.ones(len(score), dtype=torch.bool) for name, score in scores.items()}
+            for name in (["conv1"], ["hidden"], ["conv1", "hidden"])[self.events_done]:
+                keep[name][0] = False
+            return keep
+
+    cut, seen = surgery.cut, []
+
+    def noting(*args, **kwargs):
+        seen.append(kwargs["verify"] == "always")
+        return cut(*args, **kwargs)
+
+    monkeypatch.setattr(surgery, "cut", noting)
+    fit(Later(0.5, schedule=Iterative(start=2, end=6, every=2, unit="step"), verify=verify))
+    assert seen == proofs

@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from lightning_prune.batches import samples_in
 from lightning_prune.budget import Budget
-from lightning_prune.channel_pruner import ChannelPruner, Verify
+from lightning_prune.channel_pruner import ChannelPruner
 from lightning_prune.compensation import Compensation
 from lightning_prune.errors import NonFiniteScore
 from lightning_prune.graph.flow import Call, Flow
@@ -130,7 +130,6 @@ class ThiNet(ChannelPruner):
         streams: whether channels that several layers make together go as well (residual streams, gates); the paper
             leaves them alone.
         absorb: False; the least squares makes up for constants already.
-        verify: "always", as every cut is the first one of its layers.
         **shared: see `ChannelPruner`; the scope is "uniform". Events of the schedule share the layers in data-flow
             order: each layer is cut once, all the way.
     """
@@ -149,10 +148,9 @@ class ThiNet(ChannelPruner):
         samples: int = 1000,
         streams: bool = True,
         absorb: bool | float = False,
-        verify: Verify = "always",
         **shared: Any,
     ) -> None:
-        super().__init__(budget, absorb=absorb, verify=verify, **shared)
+        super().__init__(budget, absorb=absorb, **shared)
         one_of("search", search, ("backward", "omp"))
         for name, value in (("rows", rows), ("samples", samples)):
             if type(value) is not int or value < 1:
