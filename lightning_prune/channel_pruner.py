@@ -314,10 +314,7 @@ class ChannelPruner(Pruner):
     def _look(self, model: nn.Module) -> None:
         """Views of the network as it is now."""
         parameters: dict[str, Tensor] = dict(model.named_parameters())
-        self._views = {
-            g.name: [LayerView(g, p, parameters, self.graph.activation(p), self.graph) for p in g.producers]
-            for g in self._groups
-        }
+        self._views = {g.name: [LayerView(g, p, parameters, self.graph) for p in g.producers] for g in self._groups}
         if self._statistics is None:
             device = next(iter(parameters.values())).device
             self._statistics = Statistics({g.name: g.size for g in self._groups}, device)

@@ -7,6 +7,7 @@ event to event and lose the entries of channels that go.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -128,9 +129,10 @@ class Statistics:
         self.kept: dict[str, dict[str, Tensor]] = {name: {} for name in sizes}
         self._device = device
         self._sizes = dict(sizes)
-        self._window = self._new_window()
 
-    def _new_window(self) -> ChannelSums:
+    @cached_property
+    def _window(self) -> ChannelSums:
+        """What is summed since the last event; made when it is asked for, as most methods sum nothing."""
         return ChannelSums(sum(self._sizes.values())).to(self._device)
 
     def add(self, values: Mapping[str, Tensor], weight: int = 1) -> None:
@@ -169,20 +171,20 @@ class Statistics:
             for key, value in self.kept[name].items():
                 self.kept[name][key] = value[mask.to(value.device)]
             self._sizes[name] = int(mask.sum())
-        self._window = self._new_window()
+        vars(self).pop("_window", None)
 
     def join(self, sizes: Mapping[str, int]) -> None:
         """Know these groups from now on, in this order, new ones from nothing; begin a new window."""
         for name in sizes:
             self.kept.setdefault(name, {})
         self._sizes = dict(sizes)
-        self._window = self._new_window()
+        vars(self).pop("_window", None)
 
     def drop(self, names: Iterable[str]) -> None:
         """Forget groups, and begin a new window."""
         for name in names:
             del self.kept[name], self._sizes[name]
-        self._window = self._new_window()
+        vars(self).pop("_window", None)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and names only."""

@@ -39,7 +39,6 @@ class LayerView:
         group: the group whose channels it makes.
         measured: (C,) mean over the batches since the last event of what the method's `measure` returned, joined over
             the group's producers; None for a method that measures nothing.
-        activation: what its channels go through behind its norm, or behind the layer itself.
         weight_name: qualified name of the weight.
         kept: name -> (C,) tensors of this group that live from event to event; what goes with a channel goes here too.
     """
@@ -49,18 +48,22 @@ class LayerView:
         group: Group,
         producer: Producer,
         parameters: Mapping[str, Tensor],
-        activation: Activation | None = None,
         graph: ChannelGraph | None = None,
     ) -> None:
         self.name = producer.name
         self.group = group
-        self.activation = activation
         self.measured: Tensor | None = None
         self.kept: dict[str, Tensor] = {}
         self.weight_name = producer.weight
         self._producer = producer
         self._graph = graph
         self._parameters = parameters
+
+    @cached_property
+    def activation(self) -> Activation:
+        """What its channels go through behind its norm, or behind the layer itself."""
+        assert self._graph is not None
+        return self._graph.activation(self._producer)
 
     @cached_property
     def weight(self) -> Tensor:

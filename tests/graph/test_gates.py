@@ -60,7 +60,7 @@ def prepared(model, inputs, names=None):
 def gate_gradient(model, graph, group):
     """(C,) from parameter gradients, all parts of a group together."""
     parameters = dict(model.named_parameters())
-    return sum(LayerView(group, p, parameters, None, graph).gate_gradient.detach() for p in group.producers)
+    return sum(LayerView(group, p, parameters, graph).gate_gradient.detach() for p in group.producers)
 
 
 def check_gradients(model, inputs, graph, groups):

@@ -27,7 +27,7 @@ def views_of(model, x):
     """Group name -> its views, on a model traced with x."""
     parameters = dict(model.named_parameters())
     graph = trace(model, x)
-    return {g.name: [LayerView(g, p, parameters, None, graph) for p in g.producers] for g in graph.groups}
+    return {g.name: [LayerView(g, p, parameters, graph) for p in g.producers] for g in graph.groups}
 
 
 def gate_gradients(model, x, loss):
