@@ -67,7 +67,11 @@ class Budget:
             raise ValueError(f"progress must be in [0, 1], got {progress!r}")
         if progress == 1:
             return self  # 1 - (1 - keep) may differ from keep in the last bit
-        return replace(self, keep=max(self.keep, 1 - progress * (1 - self.keep)))
+        there = replace(self, keep=max(self.keep, 1 - progress * (1 - self.keep)))
+        # a third of the way is a third, so that counts are not lost to its last binary digit
+        exact = 1 - Fraction(progress).limit_denominator(10**9) * (1 - self._written)
+        vars(there)["_written"] = max(self._written, exact)
+        return there
 
     def fits(self, kept: float, dense: float) -> bool:
         """Say whether ``kept`` of ``dense`` is within the budget.

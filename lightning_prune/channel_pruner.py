@@ -129,7 +129,7 @@ class ChannelPruner(Pruner):
                 the number of positions: the mean over positions of map times its gradient, signed, summed over the
                 group's taps.
         """
-        raise NotImplementedError
+        raise RuntimeError(f"{type(self).__name__} has no observe()")
 
     def compensate(self, keep: Mapping[str, Tensor]) -> Compensation:
         """New values for weights that stay, applied with the cut and taken back with it: group -> (C,) bool."""

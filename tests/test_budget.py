@@ -95,3 +95,11 @@ def read(budget: Budget = Budget(1.0)) -> Budget:  # noqa: B008  # frozen
 def test_budget_is_read_from_the_command_line_and_config_as_a_mapping():
     assert auto_cli(read, args=["--budget.keep=0.5", "--budget.of=flops"]) == Budget(0.5, of="flops")
     assert auto_cli(read, args=['--budget={"keep": 0.25}']) == Budget(0.25)
+
+
+def test_a_third_of_the_way_keeps_what_a_third_says():
+    # of 30 units 6 go in three events: 2 each; 1 - 0.2 / 3 in binary is a little below 28 / 30
+    budget = Budget(0.8, of="units")
+    assert [budget.at(step / 3).limit(30) for step in range(4)] == [30, 28, 26, 24]
+    assert budget.at(1 / 3).fits(28, 30)
+    assert not budget.at(1 / 3).fits(29, 30)
