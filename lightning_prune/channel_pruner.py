@@ -411,8 +411,8 @@ class ChannelPruner(Pruner):
             smallest = math.ceil(1e4 * least / dense) / 1e4  # not rounded down: it has to be met if asked for
             raise UnmeetableBudget(
                 f"{type(self).__name__}: a budget of {self.budget.keep:g} of the {self.budget.of} cannot be met: with "
-                f"the fewest channels allowed {smallest:.4f} are left; raise keep, lower min_channels or round_to, or "
-                "ignore fewer layers"
+                f"the fewest channels allowed {smallest:.4f} are left; raise keep, lower min_channels or round_to"
+                + (", or ignore fewer layers" if self.ignore else "")
             )
 
     @override
@@ -539,7 +539,9 @@ class ChannelPruner(Pruner):
             self._total_units = sum(self._dense_sizes.values())
             statistics.drop(gone)
             if not self._groups:
-                raise NothingToPrune(f"no channel of {type(model).__name__} may go, as trial cuts showed") from error
+                raise NothingToPrune(
+                    f"no channel of {type(model).__name__} may go, as trial cuts showed: {error}"
+                ) from error
             kept_scores = {name: score for name, score in scores.items() if name not in gone}
             again = self._choose(kept_scores, self.budget.at(progress))
             return self._cut(trainer, model, again, kept_scores, progress)

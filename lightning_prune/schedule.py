@@ -251,3 +251,21 @@ def _check_span(start: float, end: float, events: int, every: float | None, unit
         _check_number("every", every)
         if every <= 0:
             raise ValueError(f"every must be above 0, got {every!r}")
+
+
+def at_a_time(what: str, count: int, updates: int, at_once: int) -> Iterative:
+    """So many units after every so many optimizer steps, until a count is gone.
+
+    Args:
+        what: the count's name, for the error.
+        count: units in all; ``Budget(keep, of="units")`` takes the same number each time.
+        updates: optimizer steps between two events.
+        at_once: units an event.
+
+    Raises:
+        ValueError: if one of them is below 1.
+    """
+    for name, value in ((what, count), ("updates", updates), ("at_once", at_once)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value!r}")
+    return Iterative(start=updates, end=updates * math.ceil(count / at_once), every=updates, unit="step")

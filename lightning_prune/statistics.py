@@ -107,7 +107,8 @@ class SampleSums:
         counts = total(torch.tensor(seen, dtype=torch.float64, device=self._device))
         if counts[0] == 0:
             raise NonFiniteScore(
-                f"there is no finite calibration batch to score by: {int(counts[1])} batches were not finite"
+                f"there is no finite calibration batch to score by: {int(counts[1])} batches were not finite; "
+                "look at the loss and at the weights"
                 if counts[1]
                 else "there is no calibration batch to score by; the loader gave none"
             )

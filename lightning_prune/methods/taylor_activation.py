@@ -18,7 +18,7 @@ from lightning_prune.budget import Budget
 from lightning_prune.channel_pruner import ChannelPruner
 from lightning_prune.graph.views import LayerView
 from lightning_prune.pruner import Paper, one_of
-from lightning_prune.schedule import Iterative
+from lightning_prune.schedule import Iterative, at_a_time
 
 
 def taylor_activation_score(gate_gradients: Tensor) -> Tensor:
@@ -114,11 +114,7 @@ class TaylorActivation(ChannelPruner):
         Raises:
             ValueError: if one of them is below 1.
         """
-        for name, value in (("maps", maps), ("updates", updates), ("at_once", at_once)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value!r}")
-        events = math.ceil(maps / at_once)
-        return Iterative(start=updates, end=updates * events, every=updates, unit="step")
+        return at_a_time("maps", maps, updates, at_once)
 
     @override
     def observe(self, gate_gradients: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ and as removing a single unit wants, where the paper prints a whole row.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -23,7 +22,7 @@ from lightning_prune.channel_pruner import ChannelPruner
 from lightning_prune.graph.groups import Group
 from lightning_prune.graph.views import LayerView
 from lightning_prune.pruner import Paper, one_of
-from lightning_prune.schedule import Iterative
+from lightning_prune.schedule import Iterative, at_a_time
 from lightning_prune.statistics import SampleSums
 from lightning_prune.taps import gated
 
@@ -174,10 +173,7 @@ class TaylorWeight(ChannelPruner):
         Raises:
             ValueError: if one of them is below 1.
         """
-        for name, value in (("units", units), ("updates", updates), ("at_once", at_once)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value!r}")
-        return Iterative(start=updates, end=updates * math.ceil(units / at_once), every=updates, unit="step")
+        return at_a_time("units", units, updates, at_once)
 
     @property
     @override

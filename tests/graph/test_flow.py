@@ -37,6 +37,15 @@ def residual_net():
     )  # fmt: skip
 
 
+def concatenating_net():
+    return Net(
+        lambda n, x: n.c(torch.cat([n.a(x), n.b(x)], 1)),
+        a=nn.Conv2d(3, 2, 3),
+        b=nn.Conv2d(3, 3, 3),
+        c=nn.Conv2d(5, 2, 3),
+    )
+
+
 def test_map_is_behind_norm_and_activation_and_before_pooling_and_flatten():
     graph = trace(plain_net(), IMAGE)
     (tap,) = graph.maps(graph.group("conv"))
@@ -65,13 +74,7 @@ def test_residual_stream_has_a_map_per_reading_and_a_gate_per_producer():
 
 
 def test_concatenated_groups_share_a_tensor_at_offsets():
-    net = Net(
-        lambda n, x: n.c(torch.cat([n.a(x), n.b(x)], 1)),
-        a=nn.Conv2d(3, 2, 3),
-        b=nn.Conv2d(3, 3, 3),
-        c=nn.Conv2d(5, 2, 3),
-    )
-    graph = trace(net, IMAGE)
+    graph = trace(concatenating_net(), IMAGE)
     first, second = (graph.maps(graph.group(name))[0] for name in "ab")
     assert (first.call.name, second.call.name) == ("cat", "cat")
     assert (first.indices.flatten().tolist(), second.indices.flatten().tolist()) == ([0, 1], [2, 3, 4])
@@ -165,13 +168,7 @@ def test_taps_follow_cuts():
 
 
 def test_offset_of_a_concatenated_group_moves_with_a_cut_of_the_other():
-    net = Net(
-        lambda n, x: n.c(torch.cat([n.a(x), n.b(x)], 1)),
-        a=nn.Conv2d(3, 2, 3),
-        b=nn.Conv2d(3, 3, 3),
-        c=nn.Conv2d(5, 2, 3),
-    )
-    graph = trace(net, IMAGE)
+    graph = trace(concatenating_net(), IMAGE)
     graph.maps(graph.group("b"))
     graph = graph.after(graph.plan({"a": torch.tensor([False, True])}))
     assert graph.maps(graph.group("b"))[0].indices.flatten().tolist() == [1, 2, 3]
