@@ -439,7 +439,7 @@ class ChannelPruner(Pruner):
     def _decide_and_apply(self, trainer: pl.Trainer, model: pl.LightningModule, progress: float) -> bool:
         scores = self._score_all()
         check_finite(scores)
-        keep = self._choose(scores, self.budget.at(progress))
+        keep = self._choose(scores, self._budget_at(progress))
         return self._apply(trainer, model, keep, scores, progress)
 
     def _score_all(self) -> dict[str, Tensor]:
@@ -543,7 +543,7 @@ class ChannelPruner(Pruner):
                     f"no channel of {type(model).__name__} may go, as trial cuts showed: {error}"
                 ) from error
             kept_scores = {name: score for name, score in scores.items() if name not in gone}
-            again = self._choose(kept_scores, self.budget.at(progress))
+            again = self._choose(kept_scores, self._budget_at(progress))
             return self._cut(trainer, model, again, kept_scores, progress)
         new = [p for name, p in model.named_parameters() if name in before]
         clear(trainer.optimizers, {p: torch.zeros_like(p, dtype=torch.bool) for p in new})

@@ -9,11 +9,12 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 
-def matching(model: nn.Module, patterns: Iterable[str]) -> set[str]:
+def matching(model: nn.Module, patterns: Iterable[str], argument: str = "ignore") -> set[str]:
     """Names of the parameters that patterns mean; one that matches a module means all parameters under it.
 
     Args:
         model: whose names are meant.
+        argument: what the patterns were given as, for the error.
         patterns: shell-style globs, such as ``"layer3.*"``, ``"*.downsample.0"`` or ``"fc.weight"``.
 
     Raises:
@@ -28,7 +29,7 @@ def matching(model: nn.Module, patterns: Iterable[str]) -> set[str]:
         if not matched and not under:
             near = get_close_matches(pattern, modules + parameters, n=4, cutoff=0.4) or modules[:4]
             raise ValueError(
-                f"ignore pattern {pattern!r} matches no module or parameter of {type(model).__name__}; "
+                f"{argument} pattern {pattern!r} matches no module or parameter of {type(model).__name__}; "
                 f"near names: {', '.join(map(repr, near))}"
             )
         found |= matched

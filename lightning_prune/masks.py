@@ -3,7 +3,7 @@
 The one engine of all methods that mask. Work per step is a few calls over all parameters at once (``torch._foreach``).
 """
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,15 @@ class Masks:
         self._set(masks)
         self.zero()
 
+    def cut(self, positions: Mapping[str, Mapping[int, Tensor]]) -> None:
+        """Follow parameters that were cut, and put zeros under the masks: name -> dim -> (n,) positions that stayed."""
+        masks = self.as_it_was()
+        for name, dims in positions.items():
+            for dim, index in dims.items():
+                if name in masks:
+                    masks[name] = masks[name].index_select(dim, index.to(masks[name].device))
+        self.update(masks)
+
     @torch.no_grad()
     def zero(self) -> None:
         """Put zeros under the masks into the weights, in place; infinities and NaN become zero as well."""
@@ -74,8 +83,11 @@ class Masks:
             torch._foreach_mul_([self._parameters[name] for name in multipliers], list(multipliers.values()))
 
     @torch.no_grad()
-    def mask_gradients(self) -> None:
+    def mask_gradients(self, only: Container[str] | None = None) -> None:
         """Multiply each ``.grad`` by its mask in place, where there is one.
+
+        Args:
+            only: names of the parameters whose gradients are wanted now; None for all.
 
         A NaN or infinite gradient gives NaN under the mask as well: a batch that has one must not be stepped on.
 
@@ -87,7 +99,7 @@ class Masks:
         gradients, multipliers = [], []
         for name, multiplier in self._aligned().items():
             gradient = self._parameters[name].grad
-            if gradient is None:
+            if gradient is None or (only is not None and name not in only):
                 continue
             if gradient.layout != torch.strided:
                 raise RuntimeError(
@@ -101,6 +113,14 @@ class Masks:
     def as_bool(self) -> dict[str, Tensor]:
         """Return name -> bool mask, True = keep, on the device of the parameter."""
         return {name: multiplier != 0 for name, multiplier in self._aligned().items()}
+
+    def as_it_was(self) -> dict[str, Tensor]:
+        """Return name -> bool mask of the shape it was given, also where its parameter was cut since."""
+        return {name: multiplier != 0 for name, multiplier in self._multipliers.items()}
+
+    def counts(self) -> dict[str, int]:
+        """Return how many entries are kept of each masked parameter."""
+        return dict(self._kept)
 
     def of(self, name: str) -> Tensor:
         """Return the bool mask of one parameter, True = keep, on its device."""

@@ -23,6 +23,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
@@ -52,12 +53,17 @@ from lightning_prune.errors import NoEvent, NonFiniteScore
 from lightning_prune.graph.groups import ChannelGraph
 from lightning_prune.ignore import matching
 from lightning_prune.masks import Masks
-from lightning_prune.optimizers import check
+from lightning_prune.optimizers import check, clear
 from lightning_prune.report import Report
+from lightning_prune.rewind import put_back, take_snapshot
 from lightning_prune.schedule import Event, OneShot, Schedule
 
 OnNonfinite = Literal["raise", "postpone"]
 LossFn = Callable[[Any, Any], Tensor]
+
+
+class NotYet(Exception):
+    """Raised by a method at an event that has to wait: it is tried again after the next step, without a word."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +105,7 @@ class Pruner(Callback):
     default_of: ClassVar[Of] = "flops"
     default_schedule: ClassVar[Schedule] = OneShot(0.5)
     first_step: ClassVar[int] = 0  # 1 for a method that needs a gradient before its first event
+    alters_training: ClassVar[bool] = False  # whether training is another one before the first event already
 
     def __init__(
         self,
@@ -143,6 +150,8 @@ class Pruner(Callback):
         self._stepped = False
         self._at_event: tuple[pl.Trainer | None, nn.Module] | None = None
         self._masks: Masks | None = None  # what is held at zero, of either kind
+        self._names: dict[int, str] = {}  # id -> name of every parameter
+        self._company: list[Pruner] = []  # other methods in the Trainer
 
     @property
     def cuts(self) -> bool:
@@ -197,8 +206,8 @@ class Pruner(Callback):
         return Report(
             before=self._dense_cost,
             after=self._cost_now or self._dense_cost,
-            groups=dict(self._plan.groups),
-            removed=_removed(self._plan),
+            groups=dict(self.plan.groups),
+            removed=_removed(self.plan),
             frozen=dict(self._frozen),
             rows=tuple(self._rows),
             seconds=self._seconds,
@@ -226,6 +235,87 @@ class Pruner(Callback):
 
     def _catch_up(self, model: pl.LightningModule) -> None:
         """Look again, if another callback has cut the model."""
+
+    def _clash(self, other: Pruner) -> str | None:
+        """Why this method cannot be in one Trainer with another; None if it can."""
+        if "ranks" in (self.kind, other.kind):
+            return "one projects whole matrices, which the other cuts or masks; use one fit after the other"
+        masks = {p.kind for p in (self, other) if not p.cuts}
+        if "channels" in masks and (self.cuts or other.cuts or "weights" in masks):
+            return 'apply="mask" holds whole channels at zero, which the other would cut or let grow; use apply="cut"'
+        return None
+
+    def initialise(self) -> None:
+        """Something a method does once, before the first step of a fresh fit: new initial values, say."""
+
+    def before_step(self, optimizer: Optimizer, held: Mapping[str, nn.Parameter]) -> None:
+        """Look at gradients, or add to them, before a step: whole, unscaled, of all processes, not yet masked.
+
+        Args:
+            optimizer: the one that steps; with several this is called once for each.
+            held: name -> parameter that this optimizer steps.
+        """
+
+    def after_step(self) -> None:
+        """Something a method does after each optimizer step, once zeros are in place and before a due event."""
+
+    def own_state(self) -> dict[str, Any]:
+        """What a method has to find again when a fit goes on: numbers, strings, lists, dicts, tensors."""
+        return {}
+
+    def load_own_state(self, state: dict[str, Any]) -> None:
+        """Take up `own_state`, before the first step of a fit that goes on."""
+
+    @property
+    def due(self) -> bool:
+        """Whether the optimizer step that is being made reaches the next event."""
+        return self._done < len(self._events) and self._events[self._done].step <= self._steps + 1
+
+    def skip_step(self, optimizer: Optimizer) -> None:
+        """Let an optimizer do nothing this time, in `before_step`: no step, no momentum, no decay; schedulers go on.
+
+        Raises:
+            RuntimeError: if a fused optimizer unscales its gradients itself, which it cannot without any.
+        """
+        trainer = None if self._at_event is None else self._at_event[0]
+        scaler = None if trainer is None else getattr(trainer.precision_plugin, "scaler", None)
+        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+            raise RuntimeError(
+                f"{type(self).__name__} leaves out optimizer steps, which a fused {type(optimizer).__name__} under "
+                "16-mixed precision cannot; give the optimizer fused=False"
+            )
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
+    def snapshot(self) -> dict[str, Any]:
+        """Copies, on the CPU, of the module's parameters and buffers, of optimizers, schedulers and random states."""
+        model, trainer = self.model, None if self._at_event is None else self._at_event[0]
+        assert trainer is not None
+        return take_snapshot(trainer, model)
+
+    def rewind(self, snapshot: Mapping[str, Any], *, random_state: bool = False) -> None:
+        """Put what `snapshot` copied back; weights that are masked stay zero, and so does their optimizer state.
+
+        Args:
+            snapshot: of this fit.
+            random_state: also draw the same numbers again from here.
+        """
+        model, trainer = self.model, None if self._at_event is None else self._at_event[0]
+        assert trainer is not None
+        put_back(trainer, model, snapshot, random_state)
+        if self._masks is not None:
+            self._masks.zero()
+            clear(trainer.optimizers, {model.get_parameter(n): mask for n, mask in self._masks.as_bool().items()})
+
+    def same(self, value: Any) -> Any:
+        """The value of the first process, on all processes."""
+        trainer = None if self._at_event is None else self._at_event[0]
+        return value if trainer is None or trainer.world_size == 1 else trainer.strategy.broadcast(value)
+
+    def _budget_at(self, progress: float) -> Budget:
+        """What may be kept at an event."""
+        return self.budget.at(progress)
 
     @property
     def model(self) -> nn.Module:
@@ -317,7 +407,7 @@ class Pruner(Callback):
         if stage == "fit":
             matching(pl_module, self.ignore)
             _refuse_sharding(trainer)
-            _refuse_cut_under_masks(trainer)
+            _refuse_clashes(trainer)
             self._started = False
         self._handles.append(_checkpoint.conform_on_load(trainer, pl_module))
 
@@ -351,8 +441,16 @@ class Pruner(Callback):
         self._stepped = True
         self._catch_up(pl_module)
         self._gather(optimizer)
+        held = self._held(optimizer)
+        if type(self).before_step is not Pruner.before_step:
+            with torch.no_grad(), self._event(trainer, pl_module):
+                self.before_step(optimizer, held)
         if self._masks is not None:
-            self._masks.mask_gradients()
+            self._masks.mask_gradients(held)
+
+    def _held(self, optimizer: Optimizer) -> dict[str, nn.Parameter]:
+        every = [p for group in optimizer.param_groups for p in group["params"]]
+        return {self._names[id(p)]: p for p in every if id(p) in self._names}
 
     @override
     def on_train_batch_end(
@@ -362,9 +460,12 @@ class Pruner(Callback):
         if self._stepped:
             self._stepped = False
             self._steps += 1
+            self._catch_up(pl_module)
             if self._masks is not None:
                 self._masks.hold()
-            self._catch_up(pl_module)
+            if type(self).after_step is not Pruner.after_step:
+                with torch.no_grad(), self._event(trainer, pl_module):
+                    self.after_step()
             self._run_due(trainer, pl_module)
         self._show(pl_module, first=batch_idx == 0)
 
@@ -412,14 +513,15 @@ class Pruner(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Put the plan where a load finds it before the weights."""
-        _checkpoint.add_plan(checkpoint, self.state_key, self._plan)
+        _checkpoint.add_plan(checkpoint, self.state_key, self.plan)
 
     @override
     def state_dict(self) -> dict[str, Any]:
         cost = self._dense_cost
         return {
             "version": 1,
-            "plan": self._plan.state_dict(),
+            "plan": self.plan.state_dict(),
+            "own": self.own_state(),
             "dense": None if cost is None else {"flops": cost.flops, "params": cost.params},
             "dense_by_layer": {} if cost is None else {k: dict(v) for k, v in cost.by_layer.items()},
             "events": [[event.step, event.progress] for event in self._events],
@@ -462,8 +564,15 @@ class Pruner(Callback):
         self._frozen = self.graph.frozen
         if not resumed or self._dense_cost is None:
             self._dense_cost = self.graph.cost()
+        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._company = [other for other in _pruners(trainer) if other is not self]
         self._prepare(model)
         check(trainer.optimizers, self._changing(model))
+        with torch.no_grad(), self._event(trainer, model):
+            if resumed:
+                self.load_own_state((self._restored or {}).get("own", {}))
+            else:
+                self.initialise()
         self._restored = None
         if resumed:
             self._cost_now = self._current_cost()
@@ -511,6 +620,8 @@ class Pruner(Callback):
         try:
             with torch.no_grad(), own_precision(model), self._event(trainer, model):
                 changed = self._decide_and_apply(trainer, model, self._events[due[-1]].progress)
+        except NotYet:
+            return
         except NonFiniteScore as error:
             if self.on_nonfinite == "raise":
                 raise
@@ -538,12 +649,35 @@ class Pruner(Callback):
         row = self._row()
         row["prune/event"] = float(self._done)
         row["prune/seconds"] = self._seconds
+        shown = row if self._speaks else self._aside(row, trainer.lightning_module, ended)
         step = max(0, trainer.fit_loop.epoch_loop._batches_that_stepped - ended)
         for logger in trainer.loggers:
-            logger.log_metrics(row, step)
+            logger.log_metrics(shown, step)
         return row
 
+    @property
+    def _speaker(self) -> Pruner:
+        """Who says what is common to all methods in the Trainer: one that masks weights, if there is one."""
+        every = [self, *self._company]
+        return min([p for p in every if p.kind == "weights"] or every, key=lambda pruner: pruner.state_key)
+
+    @property
+    def _speaks(self) -> bool:
+        return self._speaker is self
+
+    def _aside(self, row: Mapping[str, float], model: pl.LightningModule, ended: bool) -> dict[str, float]:
+        """What is this method's own; at an event also what is common to all, as the one says it that does."""
+        named = {f"{key}/{type(self).__name__}": row[key] for key in ("prune/event", "prune/seconds")}
+        own = {key: value for key, value in row.items() if key.count("/") > 1}
+        if ended:
+            return {**own, **named}
+        self._speaker._catch_up(model)
+        common = {key: value for key, value in self._speaker._row().items() if key.count("/") == 1}
+        return {**common, **own, **named}
+
     def _monitor(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
+        if not self._speaks:
+            return
         row = self._row()
         for key in ("prune/flops_kept", "prune/density", "prune/params_kept"):
             several = trainer.world_size > 1
@@ -551,7 +685,7 @@ class Pruner(Callback):
 
     def _show(self, model: pl.LightningModule, first: bool) -> None:
         """In the progress bar, where it changed or an epoch began; the bar keeps it."""
-        if self._cost_now is None or self._dense_cost is None:
+        if self._cost_now is None or self._dense_cost is None or not self._speaks:
             return
         kept = self._cost_now.flops / max(1, self._dense_cost.flops)
         if first or kept != self._shown:
@@ -592,14 +726,11 @@ def _pruners(trainer: pl.Trainer) -> list[Pruner]:
     return [callback for callback in trainer.callbacks if isinstance(callback, Pruner)]  # type: ignore[attr-defined]
 
 
-def _refuse_cut_under_masks(trainer: pl.Trainer) -> None:
-    cutting = [type(c).__name__ for c in _pruners(trainer) if c.cuts]
-    masking = [type(c).__name__ for c in _pruners(trainer) if not c.cuts]
-    if cutting and masking:
-        raise RuntimeError(
-            f"{cutting[0]} cuts weights that {masking[0]} holds masks on; prune channels first, and weights in a fit "
-            'of the smaller network, or let both mask (apply="mask")'
-        )
+def _refuse_clashes(trainer: pl.Trainer) -> None:
+    for first, second in combinations(_pruners(trainer), 2):
+        why = first._clash(second) or second._clash(first)
+        if why is not None:
+            raise RuntimeError(f"{type(first).__name__} and {type(second).__name__} cannot go together: {why}")
 
 
 def _refuse_sharding(trainer: pl.Trainer) -> None:

@@ -212,6 +212,65 @@ class Gradual(Schedule):
         return [(self.start + tau * span, polynomial(tau, self.power)) for tau in taus] + [(self.end, 1.0)]
 
 
+@dataclass(frozen=True)
+class Updates(Schedule):
+    """Do it again and again, all the way each time: for methods that revise what they chose.
+
+    Events come at ``start`` and every ``every`` after it, before ``end``; closer together, but never more than one a
+    step, where fewer than ``least`` would come.
+
+    Args:
+        every: distance of events, in ``unit``.
+        unit: of ``every``: ``"step"``, ``"epoch"`` or ``"fit"``, a fraction of the whole fit.
+        start: where events begin, as a fraction of the fit.
+        end: where they stop, as a fraction of the fit.
+        least: fewest events.
+        closing: events close the distances instead: none at ``start``, one at ``end``, where that is the end of the
+            fit after its last step.
+    """
+
+    every: float = 100
+    unit: Unit = "step"
+    start: float = 0.0
+    end: float = 0.75
+    least: int = 20
+    closing: bool = False
+
+    def __post_init__(self) -> None:
+        _check_span(self.start, self.end, 1, self.every, "fit")
+        _check_unit(self.unit)
+        if self.start == self.end:
+            raise ValueError(f"updates need start < end, got both {self.start!r}; use OneShot for one event")
+        if type(self.least) is not int or self.least < 1:
+            raise ValueError(f"least must be an int of at least 1, got {self.least!r}")
+        if self.unit == "step" and self.every != round(self.every):
+            raise ValueError(f"every must be a whole number of steps, got {self.every!r}")
+
+    def points(self) -> list[tuple[float, float]]:
+        """Return where events begin and stop, as fractions of the fit; how many lie between depends on its steps."""
+        return [(self.start, 1.0), (self.end, 1.0)]
+
+    def resolve(self, total_steps: int | None, steps_per_epoch: int | None) -> tuple[Event, ...]:
+        """Turn the distances into events, all with progress 1.
+
+        Raises:
+            NoEvent: in a fit without an end, or of epochs of unknown length.
+        """
+        if total_steps is None:
+            raise NoEvent(f"{self} stops at a fraction of the fit, but this fit has no end; set max_steps")
+        begin, stop = round(self.start * total_steps), round(self.end * total_steps)
+        if self.unit == "epoch" and steps_per_epoch is None:
+            raise NoEvent(f"{self} counts epochs, but an epoch has no known number of steps; use unit='step'")
+        lengths = {"step": 1, "epoch": steps_per_epoch or 0, "fit": total_steps}
+        distance = max(1.0, min(self.every * lengths[self.unit], (stop - begin) / self.least))
+        count = max(1, math.ceil((stop - begin) / distance - 1e-9))
+        if self.closing:
+            steps = [begin + round(k * distance) for k in range(1, count)] + [max(stop, 1)]
+        else:
+            steps = [begin + round(k * distance) for k in range(count)]
+        return tuple(Event(step, 1.0) for step in dict.fromkeys(steps))
+
+
 def _whole(count: float) -> int:
     """Round down, forgiving what division lost: (0.7 - 0.1) / 0.2 is 2.9999999999999996."""
     return math.floor(count + 1e-9)

@@ -32,7 +32,7 @@ FLOORS = {
         "oracle",
         "widening",
     ),
-    LIGHTNING: ("pruner", "checkpoint", "figures", "batches", "channel_pruner", "weight_pruner"),
+    LIGHTNING: ("pruner", "checkpoint", "figures", "batches", "rewind", "channel_pruner", "weight_pruner"),
     METHODS: ("methods",),
     5: ("commands", "cli", "planning", "__init__", "__main__"),
 }

@@ -27,6 +27,7 @@ from lightning_prune import (
     trace,
 )
 from lightning_prune.errors import NoEvent, NonFiniteScore, NothingToPrune, TraceError, UnmeetableBudget
+from lightning_prune.pruner import NotYet
 
 AT_START, AT_3, AT_6 = (OneShot(n, unit="step") for n in (0, 3, 6))
 
@@ -389,14 +390,6 @@ def test_dense_cost_of_a_second_callback_is_of_the_dense_model_though_the_first_
     fit([first, second])
     assert second.dense_cost == first.dense_cost
     assert 0.35 < second.report.flops_kept <= 0.5
-
-
-def test_cutting_under_the_masks_of_another_callback_is_refused(fit):
-    with pytest.raises(RuntimeError, match="L1Filter cuts weights that Magnitude holds masks on"):
-        fit([L1Filter(0.5), Magnitude(0.5)])
-    both = [LastIndices(0.5, apply="mask", schedule=AT_3), Magnitude(0.3, schedule=AT_6)]
-    fit(both)
-    assert both[1].report.rows[-1]["prune/density"] == pytest.approx(0.3, abs=0.002)
 
 
 class Gan(pl.LightningModule):
@@ -1053,3 +1046,158 @@ def test_cut_is_proved_where_a_group_is_cut_for_the_first_time(fit, monkeypatch,
     monkeypatch.setattr(surgery, "cut", noting)
     fit(Later(0.5, schedule=Iterative(start=2, end=6, every=2, unit="step"), verify=verify))
     assert seen == proofs
+
+
+class Verbs(WeightPruner):
+    """A fake method that notes what it is asked when, and runs a function of itself before each step."""
+
+    def __init__(self, budget, before=None, **shared):
+        super().__init__(budget, **shared)
+        self.before, self.calls, self.number, self.waits = before, [], 0, 0
+
+    def initialise(self):
+        self.calls.append(("initialise", self.steps))
+        self.number = 5
+
+    def before_step(self, optimizer, held):
+        self.calls.append(("before", self.steps, self.due, len(held)))
+        if self.before is not None:
+            self.before(self, optimizer, held)
+
+    def after_step(self):
+        assert not torch.is_grad_enabled()
+        assert self.model is not None
+        self.calls.append(("after", self.steps))
+
+    def own_state(self):
+        return {"number": self.number}
+
+    def load_own_state(self, state):
+        self.number = state["number"]
+
+    def score(self, name, weight):
+        self.calls.append(("score", self.steps))
+        if self.waits:
+            self.waits -= 1
+            raise NotYet
+        return weight.detach().abs()
+
+
+def test_verbs_around_a_step_come_in_their_order(fit):
+    method = Verbs(0.98, schedule=OneShot(2, unit="step"), ignore=["stem", "conv*", "hidden"])
+    fit(method, max_epochs=1, limit_train_batches=3)
+    assert method.calls == [
+        ("initialise", 0),
+        ("before", 0, False, 13), ("after", 1),
+        ("before", 1, True, 13), ("after", 2), ("score", 2),
+        ("before", 2, False, 13), ("after", 3),
+    ]  # fmt: skip
+
+
+def test_verbs_are_called_once_an_optimizer_step_with_accumulation(fit):
+    method = Verbs(0.5, schedule=OneShot(1, unit="step"))
+    fit(method, max_epochs=1, accumulate_grad_batches=2)
+    assert [call[:2] for call in method.calls if call[0] == "before"] == [("before", 0), ("before", 1)]
+
+
+def test_before_step_gets_the_parameters_of_the_optimizer_that_steps(fit):
+    seen = []
+    method = Verbs(0.5, lambda self, optimizer, held: seen.append(set(held)), schedule=OneShot(1, unit="step"),
+                   loss_fn=lambda model, batch: model.generator(batch[0].flatten(1)[:, :4]).mean())  # fmt: skip
+    fit(method, model=Gan(), max_epochs=1)
+    assert {frozenset(name.split(".")[0] for name in names) for names in seen} == {
+        frozenset({"generator"}),
+        frozenset({"critic"}),
+    }
+
+
+def test_before_step_sees_gradients_that_are_not_masked(fit):
+    seen = {}
+
+    def look(self, optimizer, held):
+        seen[self.steps] = int((held["conv1.weight"].grad != 0).sum()), int(self.alive("conv1.weight").sum())
+
+    fit(Verbs(0.5, look, schedule=OneShot(0, unit="step")))
+    assert all(nonzero > 1.5 * kept for nonzero, kept in seen.values())
+    assert len(seen) == 8
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_skipped_step_changes_no_weight_and_no_optimizer_state(fit, tiny_net, optimizer):
+    def skip(self, optimizer, held):
+        if self.steps == 4:
+            self.skip_step(optimizer)
+
+    def look(trainer):
+        state = trainer.optimizers[0].state
+        held = {n: p.detach().clone() for n, p in trainer.lightning_module.named_parameters()}
+        return held, [[v.clone() for v in s.values() if isinstance(v, Tensor)] for s in state.values()]
+
+    recorder = Recorder(look)
+    fit([Verbs(0.5, skip, schedule=AT_6), recorder], model=tiny_net(optimizer=optimizer))
+    (before, states), (after, states_after) = recorder.seen[3:5]
+    assert differing(before, after) == []
+    for old, new in zip(states, states_after, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(old, new, strict=True))
+    assert len(differing(before, recorder.seen[5][0])) > 5
+
+
+def test_an_event_that_waits_is_tried_at_each_step(fit):
+    method = Verbs(0.98, schedule=AT_3, ignore=["stem", "conv*", "hidden"])
+    method.waits = 2
+    fit(method)
+    assert [call for call in method.calls if call[0] == "score"] == [("score", 3), ("score", 4), ("score", 5)]
+    assert [row["step"] for row in method.report.rows] == [5.0]
+
+
+def test_own_state_is_found_again_and_not_initialised_anew(fit, save_each, tmp_path):
+    def count(self, optimizer, held):
+        self.number += 1
+
+    whole, resumed = Verbs(0.5, count), Verbs(0.5, count)
+    fit([whole, save_each()])
+    fit(resumed, ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert whole.number == resumed.number == 5 + 8
+    assert ("initialise", 0) not in resumed.calls
+
+
+def test_biases_and_norms_go_only_where_they_are_named(fit, tiny_net):
+    plain, named = Verbs(0.5, schedule=AT_3), Verbs(0.5, schedule=AT_3, include=["*.bias", "norm1.weight"])
+    fit(plain)
+    model = fit(named).lightning_module
+    assert {"conv1.weight", "fc.weight"} <= plain.plan.masks.keys()
+    assert not any(name.endswith("bias") or name.startswith("norm") for name in plain.plan.masks)
+    assert {"norm1.weight", "norm2.bias", "fc.bias"} <= named.plan.masks.keys()
+    assert "norm2.weight" not in named.plan.masks
+    counted = [p for n, p in model.named_parameters() if p.ndim > 1 or n.endswith("bias") or n == "norm1.weight"]
+    assert sum(int(p.count_nonzero()) for p in counted) <= int(0.5 * sum(p.numel() for p in counted))
+    with pytest.raises(ValueError, match="include pattern 'convx' matches no module or parameter"):
+        fit(Verbs(0.5, include=["convx"]))
+
+
+def test_regrown_weights_are_counted_and_start_at_zero_without_momentum(fit):
+    class Turns(WeightPruner):
+        """Keeps the first half of each weight, then the second, and so on."""
+
+        default_scope = "layer"
+
+        def scores(self, weights):
+            sign = 1 if self.events_done % 2 else -1
+            return {name: sign * torch.arange(float(w.numel())).reshape(w.shape) for name, w in weights.items()}
+
+    def look(trainer):
+        weight = trainer.lightning_module.conv1.weight
+        state = trainer.optimizers[0].state[weight]["momentum_buffer"]
+        return weight.detach().clone(), state.clone()
+
+    method, recorder = Turns(0.5, schedule=Iterative(start=2, end=4, events=2, unit="step")), Recorder(look)
+    fit([method, recorder], max_epochs=2)
+    assert method.regrown == method.report.rows[-1]["prune/regrown"] > 0
+    off, grown = method.report.rows[0], method.plan.masks["conv1.weight"]
+    assert off["prune/regrown"] == 0
+    weight, momentum = recorder.seen[3]
+    was_off = recorder.seen[2][0] == 0
+    assert int((was_off & grown).sum()) > 100
+    assert not weight[was_off & grown].any()
+    assert not momentum[was_off & grown].any()
+    assert recorder.seen[4][0][was_off & grown].any()

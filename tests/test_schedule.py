@@ -6,7 +6,18 @@ from hypothesis import strategies as st
 from jsonargparse import auto_cli
 
 from lightning_prune.errors import NoEvent
-from lightning_prune.schedule import CURVES, Event, Gradual, Iterative, OneShot, Schedule, cosine, cubic, polynomial
+from lightning_prune.schedule import (
+    CURVES,
+    Event,
+    Gradual,
+    Iterative,
+    OneShot,
+    Schedule,
+    Updates,
+    cosine,
+    cubic,
+    polynomial,
+)
 
 
 def steps(events):
@@ -179,3 +190,57 @@ def read(schedule: Schedule) -> Schedule:
 def test_schedule_is_read_from_a_config_by_class_path():
     config = '{"class_path": "lightning_prune.schedule.Gradual", "init_args": {"end": 0.5, "events": 3}}'
     assert auto_cli(read, args=[config]) == Gradual(end=0.5, events=3)
+
+
+def test_updates_come_at_their_distance_before_the_end_all_the_way_each_time():
+    events = Updates(every=100, end=0.75).resolve(4000, None)
+    assert steps(events) == list(range(0, 3000, 100))  # 3000 itself is not before the end
+    assert set(progresses(events)) == {1.0}
+
+
+def test_updates_of_the_rigl_paper_on_cifar():
+    # 97,656 steps, the last update before 75,000
+    events = Updates(every=100, end=75_000 / 97_656).resolve(97_656, 391)
+    assert (len(events), events[1].step, events[-1].step) == (750, 100, 74_900)
+
+
+def test_updates_move_together_where_too_few_would_fit():
+    # 126 steps, until 0.75 * 126 = 94.5: 20 of them every 4.7 steps
+    events = Updates(every=100, end=0.75, least=20).resolve(126, 42)
+    assert len(events) == 20
+    assert steps(events)[:3] == [0, 5, 9]
+    assert steps(events)[-1] < 94
+    assert steps(Updates(least=20).resolve(8, 4)) == [0, 1, 2, 3, 4, 5]  # never more than one a step
+
+
+def test_closing_updates_come_at_the_ends_of_epochs_and_of_the_fit():
+    assert steps(Updates(1, "epoch", end=1.0, least=1, closing=True).resolve(12, 4)) == [4, 8, 12]
+    assert steps(Updates(1, "epoch", end=1.0, least=6, closing=True).resolve(12, 4)) == [2, 4, 6, 8, 10, 12]
+    assert steps(Updates(5, "step", end=1.0, least=1, closing=True).resolve(12, 4)) == [5, 10, 12]
+    assert steps(Updates(0.5, "fit", start=0.5, end=1.0, least=2, closing=True).resolve(12, 4)) == [9, 12]
+
+
+def test_updates_refuse_what_they_cannot_place():
+    with pytest.raises(NoEvent, match="this fit has no end; set max_steps"):
+        Updates().resolve(None, 4)
+    with pytest.raises(NoEvent, match="an epoch has no known number of steps"):
+        Updates(1, "epoch").resolve(100, None)
+    with pytest.raises(ValueError, match=r"start < end, got both 0\.5"):
+        Updates(start=0.5, end=0.5)
+    with pytest.raises(ValueError, match="least must be an int of at least 1, got 0"):
+        Updates(least=0)
+    with pytest.raises(ValueError, match=r"every must be a whole number of steps, got 1\.5"):
+        Updates(every=1.5)
+    with pytest.raises(ValueError, match="every must be above 0, got 0"):
+        Updates(every=0)
+    with pytest.raises(ValueError, match="unit must be one of fit, step, epoch, got 'batch'"):
+        Updates(unit="batch")
+
+
+@given(st.integers(1, 3000), st.integers(1, 500), st.floats(0.05, 1.0), st.integers(1, 40), st.booleans())
+def test_updates_rise_and_stay_within_their_span(total, every, end, least, closing):
+    events = Updates(every=every, end=end, least=least, closing=closing).resolve(total, None)
+    assert events
+    assert steps(events) == sorted(set(steps(events)))
+    assert steps(events)[-1] <= max(1, round(end * total))
+    assert (steps(events)[0] == 0) is not closing
