@@ -152,6 +152,23 @@ class Plan:
     def _digest(self) -> str:
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
 
+    def digests(self) -> dict[str, int]:
+        """Return for each name that the plan speaks of a number of 62 bits that tells different decisions apart."""
+        said: dict[str, list[bytes]] = {}
+        for section in (self.kept, self.buffers):
+            for name, dims in section.items():
+                for dim, index in dims.items():
+                    said.setdefault(name, []).append(f"{dim}:".encode() + index.numpy().tobytes())
+        for name, mask in self.masks.items():
+            said.setdefault(name, []).append(_packed(mask).numpy().tobytes())
+        for counts in (self.groups, self.ranks):
+            for name, count in counts.items():
+                said.setdefault(name, []).append(repr(count).encode())
+        return {
+            name: int.from_bytes(hashlib.sha256(b"/".join(parts)).digest()[:8], "big") >> 2
+            for name, parts in said.items()
+        }
+
     @property
     def is_empty(self) -> bool:
         """Whether the plan names nothing at all."""

@@ -629,6 +629,7 @@ class Pruner(Callback):
                 self._postponed = due[-1]
                 rank_zero_warn(f"{type(self).__name__} postpones its event at step {self._steps}: {error}")
             return
+        self._agree(trainer)
         self._done = due[-1] + 1
         self._seconds += time.perf_counter() - started
         if not changed:
@@ -642,6 +643,24 @@ class Pruner(Callback):
         rank_zero_info(
             f"{type(self).__name__}: event {self._done} of {len(self._events)} at step {self._steps}, "
             f"flops kept {row['prune/flops_kept']:.4f}, density {row['prune/density']:.4f}"
+        )
+
+    def _agree(self, trainer: pl.Trainer) -> None:
+        """Stop if processes decided differently: from here on they would train different networks."""
+        if trainer.world_size == 1:
+            return
+        whole = torch.tensor(int(self.plan.digest()[:15], 16), device=trainer.strategy.root_device)
+        every = trainer.strategy.all_gather(whole)
+        if bool((every == every.flatten()[0]).all()):
+            return
+        said: list[dict[str, int]] = [{} for _ in range(trainer.world_size)]
+        torch.distributed.all_gather_object(said, self.plan.digests())  # names, too, may differ
+        first = next(n for other in said[1:] for n in {**said[0], **other} if said[0].get(n) != other.get(n))
+        group = next((g.name for g in self.graph.groups if any(p.weight == first for p in g.producers)), None)
+        raise RuntimeError(
+            f"{type(self).__name__}: at step {self._steps} processes decided differently about "
+            f"{first!r}{'' if group in (None, first) else f' (group {group!r})'}; scores have to be equal on all "
+            "of them: sum what each process saw with total(), and draw random numbers from generator()"
         )
 
     def log_row(self, trainer: pl.Trainer, ended: bool = False) -> dict[str, float]:

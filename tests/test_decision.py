@@ -501,3 +501,19 @@ def test_file_that_is_no_plan_is_refused_with_its_name(tmp_path, text):
     (tmp_path / "odd.json").write_bytes(text)
     with pytest.raises(IncompatibleCheckpoint, match=r"odd\.json"):
         Plan.load(tmp_path / "odd.json")
+
+
+def test_digests_tell_what_two_plans_say_differently():
+    def plan(index, mask, count):
+        return Plan(
+            kept={"a": {0: torch.tensor(index)}}, masks={"b": torch.tensor(mask)}, groups={"g": (count, 4)},
+            shapes={"a": (4, 2), "b": (2,)},
+        )  # fmt: skip
+
+    base = plan([0, 2], [True, False], 2).digests()
+    assert base.keys() == {"a", "b", "g"}
+    assert all(0 <= value < 2**62 for value in base.values())
+    for other, name in ((plan([0, 3], [True, False], 2), "a"), (plan([0, 2], [False, True], 2), "b")):
+        assert [key for key in base if other.digests()[key] != base[key]] == [name]
+    assert plan([0, 2], [True, False], 2).digests() == base
+    assert plan([0, 2], [True, False], 3).digests()["g"] != base["g"]

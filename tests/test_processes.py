@@ -51,3 +51,18 @@ def test_two_processes_choose_what_one_does_from_the_same_samples(method, proces
     assert alone["scores"]
     for group, scores in alone["scores"].items():
         assert first["scores"][group] == pytest.approx(scores, rel=1e-4, abs=1e-6 * max(map(abs, scores)))
+
+
+def test_processes_that_decide_differently_stop_and_say_where(tmp_path):
+    command = [sys.executable, "-m", "tests.disagreeing_processes", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = ((tmp_path / f"{rank}.txt").read_text().splitlines() for rank in (0, 1))
+    assert first == second
+    channels, weights = first
+    assert (
+        "Channels: at step 2 processes decided differently about 'stage2.conv1.weight' (group 'stage2.conv1')"
+        in channels
+    )
+    assert "Weights: at step 2 processes decided differently about 'head.weight'" in weights
+    assert channels.endswith("| 0")  # the event does not count as done
