@@ -16,6 +16,7 @@ from typing_extensions import override
 from lightning_prune import surgery
 from lightning_prune.decision import Plan
 from lightning_prune.errors import IncompatibleCheckpoint
+from lightning_prune.factorise import in_form_of
 
 KEY = "lightning_prune"
 _M = TypeVar("_M", bound=pl.LightningModule)
@@ -60,7 +61,8 @@ def take_shapes(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     state = checkpoint["state_dict"]
     if plan is None or not plan.kept:
         shapes = {name: tuple(value.shape) for name, value in state.items() if isinstance(value, torch.Tensor)}
-        surgery.reshape_like(model, shapes, plan, dense_again=plan is not None)
+        with in_form_of(model, shapes):
+            surgery.reshape_like(model, shapes, plan, dense_again=plan is not None)
         return
     surgery.conform(model, state, plan)
 

@@ -20,7 +20,7 @@ from lightning_prune.methods import discover
 REGISTERED: tuple[type, ...] = (
     *discover().values(),
     checkpoint.PrunedCheckpoint,
-    *(schedule.OneShot, schedule.Iterative, schedule.Gradual),
+    *(schedule.OneShot, schedule.Iterative, schedule.Gradual, schedule.Updates, schedule.Rounds),
 )
 """Our classes that a config may call by their bare names: a class is known to LightningCLI once it is imported."""
 

@@ -4,6 +4,7 @@ Figures are made without pyplot, so that they need no display and leave no state
 which hold up in every common form of colour blindness and in grey.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,15 @@ CURVES = (
     ("prune/flops_kept", "flops", BLUE, "-"),
     ("prune/params_kept", "params", ORANGE, "--"),
     ("prune/density", "density", GREEN, "-."),
+)
+# most sensitive first: a colour, a line and a marker each
+_LINES = (
+    (ORANGE, "-", "o"),
+    (BLUE, "-", "s"),
+    (GREEN, "-", "^"),
+    ("#CC79A7", "--", "D"),
+    ("#E69F00", "--", "v"),
+    ("#56B4E9", "--", "P"),
 )
 LONGEST_NAME = 40
 LARGEST_NODE, SMALLEST_NODE = 420.0, 14.0  # areas in square points
@@ -189,6 +199,48 @@ def graph_figure(explanation: Explanation) -> Figure:
         handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8,
         title="area: parameters gone with all channels but one", title_fontsize=8,
     )  # fmt: skip
+    return figure
+
+
+def sensitivity_figure(
+    values: Mapping[str, Sequence[float]], densities: Sequence[float], dense: float, quantity: str = "value"
+) -> Figure:
+    """Draw what becomes of a network as each layer alone is thinned out; the most sensitive layers stand out.
+
+    Args:
+        values: layer -> what was measured at each density.
+        densities: falling, in (0, 1).
+        dense: what was measured with all weights there.
+        quantity: what is measured, for the axis.
+
+    Returns:
+        A figure that pyplot does not know; nothing has to close it.
+
+    Raises:
+        ValueError: if there is no layer, or one without a value for each density.
+    """
+    if not values or any(len(row) != len(densities) for row in values.values()):
+        counts = {name: len(row) for name, row in values.items()}
+        raise ValueError(f"a figure of sensitivity needs {len(densities)} values for each layer, got {counts}")
+    figure, axes = _axes(width=8.0, height=4.4)
+    worst = {n: sum(abs(v - dense) if math.isfinite(v) else math.inf for v in row) for n, row in values.items()}
+    ranked = sorted(values, key=lambda name: -worst[name])
+    x = [1.0, *densities]
+    axes.axhline(dense, color="#BBBBBB", linewidth=1.2, linestyle="--", zorder=1, label=f"all weights: {dense:.4g}")
+    for name in ranked[len(_LINES) :]:
+        axes.plot(x, [dense, *values[name]], color="#CCCCCC", linewidth=1.2, zorder=2)
+    for name, (colour, style, marker) in zip(ranked, _LINES, strict=False):
+        line = [dense, *values[name]]
+        axes.plot(x, line, style, color=colour, marker=marker, markersize=4, label=_shortened(name), zorder=3)
+    if len(ranked) > len(_LINES):
+        label = f"{len(ranked) - len(_LINES)} less sensitive"
+        axes.plot([], [], color="#CCCCCC", linewidth=1.2, label=label)
+    axes.set_xlim(1.02, max(0.0, min(densities) - 0.02))
+    axes.grid(axis="both", color="#E6E6E6", linewidth=0.8)
+    axes.set_xlabel("density of the layer, the others whole")
+    axes.set_ylabel(quantity)
+    figure.suptitle("Sensitivity: one layer thinned out, nothing retrained", fontsize=11, color=INK)
+    figure.legend(loc="outside right center", frameon=False, fontsize=8)
     return figure
 
 

@@ -296,6 +296,7 @@ def _weights_by_layer(scores: Mapping[str, Tensor], allowance: float, prices: Ma
         if not full:
             break
         for n in full:
+            exact[n] = float(alive[n])  # in an earlier round it may have been less
             rest -= prices[n] * alive[n]
             del share[n]
     kept = {n: int(e + 1e-9) for n, e in exact.items()}

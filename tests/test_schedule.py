@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import assume, given
@@ -12,6 +13,7 @@ from lightning_prune.schedule import (
     Gradual,
     Iterative,
     OneShot,
+    Rounds,
     Schedule,
     Updates,
     cosine,
@@ -190,6 +192,8 @@ def read(schedule: Schedule) -> Schedule:
 def test_schedule_is_read_from_a_config_by_class_path():
     config = '{"class_path": "lightning_prune.schedule.Gradual", "init_args": {"end": 0.5, "events": 3}}'
     assert auto_cli(read, args=[config]) == Gradual(end=0.5, events=3)
+    config = '{"class_path": "lightning_prune.schedule.Rounds", "init_args": {"events": 3, "epochs": 1}}'
+    assert auto_cli(read, args=[config]) == Rounds(3, epochs=1)
 
 
 def test_updates_come_at_their_distance_before_the_end_all_the_way_each_time():
@@ -244,3 +248,61 @@ def test_updates_rise_and_stay_within_their_span(total, every, end, least, closi
     assert steps(events) == sorted(set(steps(events)))
     assert steps(events)[-1] <= max(1, round(end * total))
     assert (steps(events)[0] == 0) is not closing
+
+
+def test_rounds_are_ends_of_equal_phases_and_leave_a_whole_one():
+    # four phases of 25 steps
+    assert Rounds(3, steps=1).resolve(100, None) == (Event(25, 1 / 3), Event(50, 2 / 3), Event(75, 1.0))
+
+
+def test_rounds_end_with_epochs_where_there_is_one_for_each_phase():
+    # 7 epochs of 10 steps in 3 phases: 2, 2 and 3 epochs; in 4 and a bit of epochs the bit is the last phase's
+    assert steps(Rounds(2, epochs=1).resolve(70, 10)) == [20, 40]
+    assert steps(Rounds(3, epochs=1).resolve(43, 10)) == [10, 20, 30]
+
+
+def test_rounds_are_fewer_where_phases_would_be_too_short():
+    # 12 epochs of 10 steps
+    assert len(Rounds(99, epochs=1).resolve(120, 10)) == 11
+    assert len(Rounds(99, epochs=3).resolve(120, 10)) == 3
+    assert progresses(Rounds(99, epochs=3).resolve(120, 10)) == [1 / 3, 2 / 3, 1.0]
+    assert len(Rounds(2, epochs=3).resolve(120, 10)) == 2
+
+
+def test_rounds_of_long_epochs_count_steps():
+    # one epoch of 5,000 steps: five phases of a thousand, where ten would be five hundred
+    assert steps(Rounds(10, steps=1000).resolve(5000, 5000)) == [1000, 2000, 3000, 4000]
+
+
+def test_there_is_one_round_in_the_shortest_fit():
+    assert Rounds().resolve(8, 4) == (Event(4, 1.0),)
+    assert Rounds().resolve(3, 3) == (Event(1, 1.0),)
+    assert Rounds().resolve(2, 100) == (Event(1, 1.0),)
+
+
+def test_rounds_refuse_what_they_cannot_place():
+    with pytest.raises(NoEvent, match="this fit has no end; set max_steps"):
+        Rounds().resolve(None, 4)
+    with pytest.raises(NoEvent, match="this fit has no step"):
+        Rounds().resolve(0, None)
+    with pytest.raises(ValueError, match="events must be an int of at least 1, got 0"):
+        Rounds(0)
+    with pytest.raises(ValueError, match=r"steps must be an int of at least 1, got 1\.5"):
+        Rounds(steps=1.5)
+    with pytest.raises(ValueError, match="epochs must be above 0, got 0"):
+        Rounds(epochs=0)
+    with pytest.raises(ValueError, match="epochs must be a finite number, got True"):
+        Rounds(epochs=True)
+
+
+@given(st.integers(1, 30), st.floats(0.1, 5), st.integers(1, 2000), st.integers(2, 5000), st.integers(1, 600))
+def test_phases_of_rounds_are_equal_up_to_an_epoch_and_none_is_longer_than_the_last(events, epochs, least, total, each):
+    found = Rounds(events, epochs, least).resolve(total, each)
+    ends = [0, *steps(found), total]
+    lengths = [end - start for start, end in pairwise(ends)]
+    assert 1 <= len(found) <= events
+    assert min(lengths) >= 1
+    assert lengths[-1] == max(lengths)
+    assert max(lengths[:-1]) - min(lengths[:-1]) <= each
+    assert progresses(found) == [i / len(found) for i in range(1, len(found) + 1)]
+    assert Rounds(events, epochs, least).points()[-1][1] == 1.0

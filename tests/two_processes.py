@@ -19,7 +19,7 @@ from lightning_prune.commands.digits import DigitsData, DigitsNet
 from lightning_prune.methods import discover
 
 METHODS = [name for name, cls in discover().items() if cls.kind != "control"]
-KEEP = {"channels": 0.5, "weights": 0.2}
+KEEP = {"channels": 0.5, "weights": 0.2, "ranks": 0.5}
 
 
 class Still(DigitsNet):
@@ -83,7 +83,7 @@ def train(name: str, processes: int, folder: Path) -> dict[str, Any]:
     fit, net = trainer(processes, pruner, folder), DigitsNet(width=4)
     fit.fit(net, DigitsData(batch_size=128, seed=0))
     weights = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in net.parameters())).hexdigest()
-    kept = pruner.report.flops_kept if cls.kind == "channels" else float(fit.callback_metrics["prune/density"])
+    kept = float(fit.callback_metrics["prune/density"]) if cls.kind == "weights" else pruner.report.flops_kept
     return {"weights": weights, "plan": pruner.plan.digest(), "events": pruner.events_done, "kept": kept}
 
 
