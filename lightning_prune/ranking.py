@@ -123,7 +123,7 @@ def rank_global(
     check_finite(scores)
     names = list(scores)
     sizes = {name: len(scores[name]) for name in names}
-    least = {name: max(1, min(sizes[name], (floors or {}).get(name, 1))) for name in names}
+    least = {name: _least((floors or {}).get(name, 1), sizes[name], round_to) for name in names}
     order = {name: torch.sort(scores[name].detach().double().cpu(), stable=True) for name in names}
     # a group's units go in ascending order; those its floor holds back are not in the list
     owner = torch.cat([torch.full((sizes[n] - least[n],), i) for i, n in enumerate(names)])
@@ -184,7 +184,7 @@ def rank_uniform(
     sizes = {name: len(score) for name, score in scores.items()}
     size = np.array(list(sizes.values()), dtype=np.int64)
     full = np.array([dense[name] for name in names], dtype=np.float64)
-    least = np.minimum(size, [(floors or {}).get(name, 1) for name in names])
+    least = np.array([_least((floors or {}).get(name, 1), sizes[name], round_to) for name in names])
     fixed = np.array([name in own for name in names])
     fractions = np.array([own.get(name, 0.0) for name in names])
 
@@ -219,6 +219,11 @@ def rank_uniform(
         if name not in own and kept[name] < target[name] - 1e-6:
             _give_back(kept, name, sizes[name], round_to, fits)
     return {n: top_mask(score.detach().double().cpu(), kept[n]) for n, score in scores.items()}
+
+
+def _least(floor: int, size: int, multiple: int) -> int:
+    """A floor as a multiple, where the group has one."""
+    return max(1, min(size, -(-floor // multiple) * multiple))
 
 
 def _give_back(kept: dict[str, int], name: str, size: int, step: int, fits: Fits) -> None:

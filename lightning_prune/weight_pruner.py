@@ -243,7 +243,7 @@ class WeightPruner(Pruner):
         current = self._masks.as_bool()
         new = {**current, **{name: mask.to(current[name].device) for name, mask in masks.items()}}
         different = {name: mask for name, mask in new.items() if not torch.equal(mask, current[name])}
-        self.regrown += sum(int((mask & ~current[name]).sum()) for name, mask in different.items())
+        self.regrown += sum(int((mask & ~current[name]).count_nonzero()) for name, mask in different.items())
         self._masks.update(new)
         self._plan_is_old = True
         if different and trainer is not None:

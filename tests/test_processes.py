@@ -11,7 +11,7 @@ import pytest
 from lightning_prune.methods import discover
 from tests.two_processes import KEEP, METHODS, look
 
-pytestmark = [pytest.mark.slow, pytest.mark.processes]
+pytestmark = [pytest.mark.slow, pytest.mark.processes, pytest.mark.xdist_group("processes")]  # started once for all
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -312,3 +313,22 @@ def test_scores_are_compared_at_their_own_precision():
     # equal as float32, apart as float64: the lower index goes only where they tie
     scores = {"w": torch.tensor([1.0 + 1e-12, 1.0], dtype=torch.float64)}
     assert kept(rank_weights(scores, 1)) == {"w": [0]}
+
+
+@pytest.mark.parametrize("rank", [rank_global, partial(rank_uniform, dense={"a": 64, "b": 6})])
+def test_floors_that_are_no_multiple_are_rounded_up(rank):
+    scores = {"a": torch.arange(64.0), "b": torch.arange(6.0) + 100}
+    masks = rank(scores, at_most(30), floors={"a": 19, "b": 5}, round_to=8)
+    assert (int(masks["a"].sum()), int(masks["b"].sum())) == (24, 6)  # not 19; b has no multiple of 8
+
+
+def test_layers_that_keep_all_they_can_leave_the_rest_its_exact_share():
+    # of b only 20 may stay: 140 of 260 then are for a and c, more than the 30 that may stay of c; a has the other 110
+    gone = torch.full((80,), -torch.inf)
+    scores = {
+        "a": torch.arange(200.0),
+        "b": torch.cat([torch.arange(20.0), gone]),
+        "c": torch.cat([torch.arange(30.0), gone[:30]]),
+    }
+    masks = rank_weights(scores, 160, scope="layer")
+    assert {name: int(mask.sum()) for name, mask in masks.items()} == {"a": 110, "b": 20, "c": 30}
