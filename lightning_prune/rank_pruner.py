@@ -473,6 +473,11 @@ class RankPruner(Pruner):
             flops, params = flops - saved * size.places, params - saved
         return Cost(flops, params, by_layer)
 
+    @property
+    def ranks_kept(self) -> dict[str, tuple[int, int]]:
+        """Layer -> (rank kept, full rank), of every layer that may lose some."""
+        return {name: (self._plan.ranks.get(name, size.values), size.values) for name, size in self._sizes.items()}
+
     @override
     def _row(self) -> dict[str, float]:
         assert self._dense_cost is not None

@@ -42,6 +42,7 @@ from lightning_prune.figures import BLUE, INK, PALE, architecture_figure
 from lightning_prune.latency import Latency, compare, state_dict_bytes
 from lightning_prune.methods import find
 from lightning_prune.pruner import Pruner
+from lightning_prune.rank_pruner import RankPruner
 from lightning_prune.report import markdown_table
 from lightning_prune.surgery import trace
 
@@ -207,11 +208,12 @@ def table(report: Mapping[str, Any]) -> str:
     return markdown_table([dict(zip(columns, row, strict=True)) for row in aligned], columns)
 
 
-def density_figure(kept: Mapping[str, tuple[int, int]]) -> Figure:
-    """Draw the density of each layer's weights, first layer on top.
+def density_figure(kept: Mapping[str, tuple[int, int]], what: str = "Weights") -> Figure:
+    """Draw the density of each layer's weights, or singular values, first layer on top.
 
     Args:
         kept: layer -> (weights kept, weights), at least one layer.
+        what: of which these are counts.
     """
     figure = Figure(figsize=(8.0, 1.3 + 0.24 * max(len(kept), 3)), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
@@ -228,7 +230,7 @@ def density_figure(kept: Mapping[str, tuple[int, int]]) -> Figure:
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlabel("density")
     total, whole = (sum(numbers) for numbers in zip(*kept.values(), strict=True))
-    figure.suptitle(f"Weights kept per layer: {total:,} of {whole:,} ({total / whole:.1%})", fontsize=11, color=INK)
+    figure.suptitle(f"{what} kept per layer: {total:,} of {whole:,} ({total / whole:.1%})", fontsize=11, color=INK)
     figure.legend(loc="outside lower right", ncols=2, frameon=False, fontsize=8)
     return figure
 
@@ -275,6 +277,8 @@ def _fitted(label: str, seed: int, epochs: int, out: Path, *callbacks: Callback)
     logger = TensorBoardLogger(out, name=f"tensorboard/{label}", default_hp_metric=False)
     trainer = _trainer(logger=logger, max_epochs=epochs, callbacks=[*callbacks, Progress(label)])
     trainer.fit(net, data)
+    if any(isinstance(callback, RankPruner) for callback in callbacks):  # pairs of layers are made after the fit
+        trainer.save_checkpoint(out / "pruned.ckpt")
     accuracy = _tested(trainer, net)
     logger.finalize("success")
     return net, accuracy, str(logger.log_dir)
@@ -319,6 +323,8 @@ def _picture(pruner: Pruner) -> Figure:
     if groups:
         before, after = {n: of for n, (_, of) in groups.items()}, {n: kept for n, (kept, _) in groups.items()}
         return architecture_figure(before, after)
+    if isinstance(pruner, RankPruner):
+        return density_figure(pruner.ranks_kept, "Singular values")
     masks = pruner.plan.masks
     return density_figure({name: (int(mask.sum()), mask.numel()) for name, mask in masks.items()})
 
