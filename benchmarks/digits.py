@@ -5,7 +5,7 @@
 
 Each run trains for the same epochs from the same seed; the method prunes on its default schedule while it trains. Rows
 are appended to the file, and runs it already holds are not repeated. The figure is of the methods that mask weights:
-accuracy against density, mean and spread.
+test error against density, mean and spread.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from lightning_prune.commands.digits import DigitsData, DigitsNet
 from lightning_prune.methods import discover, find
@@ -62,23 +63,27 @@ def run(method: str, keep: float, seed: int, epochs: int) -> dict[str, object]:
 
 
 def draw(table: list[dict[str, Any]], path: Path) -> None:
-    """Accuracy against density, a line a method that masks weights, with the spread over seeds."""
+    """Test error against density, a line a method that masks weights, with the spread over seeds."""
     figure = Figure((8, 5), layout="constrained")
     axes = figure.subplots()
     methods = dict.fromkeys(row["method"] for row in table if row["method"] != "dense")
     for number, method in enumerate(methods):
         rows = sorted((r for r in table if r["method"] == method), key=lambda r: r["keep"])
         x = [row["keep"] * 1.02 ** (number - len(methods) / 2) for row in rows]  # side by side
-        y, error = [row["accuracy %"] for row in rows], [row["spread"] for row in rows]
+        y, error = [100 - row["accuracy %"] for row in rows], [row["spread"] for row in rows]
+        below = [min(spread, 0.7 * wrong) for wrong, spread in zip(y, error, strict=True)]  # a logarithm ends at 0
         style = "--" if method in ("RandomWeights", "static") else "-"
-        axes.errorbar(x, y, error, marker="o", markersize=4, capsize=2, linewidth=1.2, linestyle=style, label=method)
+        axes.errorbar(
+            x, y, (below, error), marker="o", markersize=4, capsize=2, linewidth=1.2, linestyle=style, label=method
+        )
     for row in table:
         if row["method"] == "dense":
-            axes.axhline(row["accuracy %"], color="black", linewidth=0.8, linestyle=":", label="dense")
+            axes.axhline(100 - row["accuracy %"], color="black", linewidth=0.8, linestyle=":", label="dense")
     ticks = sorted({row["keep"] for row in table if row["method"] != "dense"})
-    axes.set(xscale="log", xlabel="density", ylabel="test accuracy, %", xticks=ticks)
+    axes.set(xscale="log", yscale="log", xlabel="density", ylabel="test error, %", xticks=ticks)
     axes.set_xticklabels([f"{tick:g}" for tick in ticks])
-    axes.minorticks_off()
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)
