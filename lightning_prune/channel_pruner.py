@@ -23,15 +23,17 @@ from lightning_prune.budget import Budget
 from lightning_prune.compensation import Compensation, restore
 from lightning_prune.cost import Cost
 from lightning_prune.decision import Plan
-from lightning_prune.errors import NonFiniteScore, NothingToPrune, UnmeetableBudget, UnsafeCut
+from lightning_prune.errors import IncompatibleCheckpoint, NonFiniteScore, NothingToPrune, UnmeetableBudget, UnsafeCut
 from lightning_prune.graph.groups import ChannelGraph, Group
 from lightning_prune.graph.views import LayerView
 from lightning_prune.ignore import matching
+from lightning_prune.loop import forget_compiled
 from lightning_prune.masks import Masks
 from lightning_prune.optimizers import clear
 from lightning_prune.pruner import Pruner, named, one_of, zero_copies
 from lightning_prune.ranking import check_finite, rank_global, rank_uniform
-from lightning_prune.statistics import Statistics
+from lightning_prune.state import Fields, reading
+from lightning_prune.statistics import STATE, Statistics
 from lightning_prune.taps import SampleGradients, Watch, watching
 
 Join = Literal["sum", "mean", "min", "first"]
@@ -61,6 +63,12 @@ class ChannelPruner(Pruner):
 
     kind = "channels"
     default_of = "flops"
+    state_fields: ClassVar[Fields] = {
+        **Pruner.state_fields,
+        "apply?": str,
+        "alive": dict[str, Tensor],
+        "statistics?": STATE,
+    }
     default_scope: ClassVar[Scope] = "global"
     looks_at: ClassVar[Spot] = "weights"
     join: Join = "sum"
@@ -173,6 +181,7 @@ class ChannelPruner(Pruner):
         """
         self._graph, self._frozen, self._dense_cost, self._plan = graph, graph.frozen, graph.cost(), Plan()
         self._statistics = None
+        self._warned.clear()
         self._prepare(graph.model)
 
     def plan_for(self, graph: ChannelGraph) -> Plan:
@@ -258,23 +267,45 @@ class ChannelPruner(Pruner):
             if name not in {g.name for g in self._groups}:
                 raise ValueError(f"keep= names group {name!r}; groups are {', '.join(g.name for g in self._groups)}")
         state = self._restored or {}
+        if (before := state.get("apply", self.apply)) != self.apply:
+            raise IncompatibleCheckpoint(
+                f"the checkpoint was written by {type(self).__name__} with apply={before!r}, this one has "
+                f"apply={self.apply!r}, which cannot go on with what the other has done; use apply={before!r}"
+            )
         alive = {name: mask.bool() for name, mask in state.get("alive", {}).items()}
         if alive:  # a group that a trial cut had frozen in the run that goes on stays so
             self._groups = [g for g in self._groups if g.name in alive]
         names = {g.name for g in self._groups}
         # a trace does not follow a lone channel, so groups that are down to one are not in it
         self._spent = {name: mask for name, mask in alive.items() if name not in names}
+        self._check_alive(alive)
         self._dense_sizes = {g.name: self._plan.groups.get(g.name, (0, g.size))[1] for g in self._groups}
         self._alive = {g.name: alive.get(g.name, torch.ones(g.size, dtype=torch.bool)) for g in self._groups}
         self._total_units = sum(self._dense_sizes.values()) + sum(self._plan.groups[name][1] for name in self._spent)
         self._seen = surgery.applied(model)
         self._look(model)
         if "statistics" in state and self._statistics is not None:
-            self._statistics.load_state_dict(state["statistics"], without=self._spent)
+            with reading(f"the state of {type(self).__name__}"):
+                self._statistics.load_state_dict(state["statistics"], without=self._spent)
         if self._plan.masks:
-            self._masks = Masks(named(model, self._plan.masks), self._plan.masks)
+            masks = self._planned_masks({name: tuple(p.shape) for name, p in model.named_parameters()})
+            self._masks = Masks(named(model, masks), masks)
             self._masks.zero()
         self._check_reachable()
+
+    def _check_alive(self, alive: Mapping[str, Tensor]) -> None:
+        """Refuse what a checkpoint says of groups that are not so."""
+        sizes = {g.name: g.size for g in self._groups}
+        for name, mask in alive.items():
+            if name not in sizes and name not in self._plan.groups:
+                raise IncompatibleCheckpoint(
+                    f"the state of {type(self).__name__} names a group {name!r} that is not there"
+                )
+            if mask.ndim != 1 or len(mask) != sizes.get(name, len(mask)) or not bool(mask.any()):
+                raise IncompatibleCheckpoint(
+                    f"the state of {type(self).__name__} has alive[{name!r}] of shape {tuple(mask.shape)} with "
+                    f"{int(mask.count_nonzero())} channels, in a group of {sizes.get(name, 'any size')}"
+                )
 
     def _taps(self, group: Group) -> Sequence[Any]:
         """Where this method looks at a group."""
@@ -327,6 +358,8 @@ class ChannelPruner(Pruner):
     def _start(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
         super()._start(trainer, model)
         if self._observes:
+            if not trainer.is_global_zero and self._statistics is not None:
+                self._statistics.cut({})  # the first process takes up what `on_save_checkpoint` wrote of all of them
             self._watch(model)
 
     def _watch(self, model: nn.Module) -> None:
@@ -445,8 +478,9 @@ class ChannelPruner(Pruner):
     def _score_all(self) -> dict[str, Tensor]:
         assert self._statistics is not None
         if self._measures:
-            if missing := self._statistics.unmeasured():
-                seen = self._statistics.skipped
+            if missing := self._statistics.unmeasured(self.total):
+                device = next(self.model.parameters()).device
+                seen = int(self.total(torch.tensor(float(self._statistics.skipped), device=device)))
                 raise NonFiniteScore(
                     f"{type(self).__name__} has no finite batch to score by: {seen} batches were not finite; "
                     "look at the loss and its gradients"
@@ -561,6 +595,7 @@ class ChannelPruner(Pruner):
         if self._observes:
             self._watch(model)
         _checkpoint.wrap_again(trainer, model)
+        forget_compiled(model)
         return keep
 
     def _to_be_proved(self, keep: Mapping[str, Tensor]) -> bool:
@@ -619,8 +654,20 @@ class ChannelPruner(Pruner):
                 figures.log_histogram(trainer.loggers, f"prune/score/{name}", score, step)
 
     @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Also of what other processes saw: this is called on all of them, and the first writes."""
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        state = checkpoint.get("callbacks", {}).get(self.state_key)
+        if trainer.world_size > 1 and self._observes and self._statistics is not None and state is not None:
+            with self._event(trainer, pl_module):
+                state["statistics"] = self._statistics.state_dict(self.total)
+
+    @override
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
+        state["apply"] = self.apply
         state["alive"] = {name: mask.to(torch.uint8) for name, mask in {**self._alive, **self._spent}.items()}
         statistics = self._saved_statistics if self._statistics is None else self._statistics.state_dict()
         if statistics is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing_extensions import override
 
 from lightning_prune import surgery
 from lightning_prune.decision import Plan
-from lightning_prune.errors import IncompatibleCheckpoint
+from lightning_prune.errors import IncompatibleCheckpoint, PruneError
 from lightning_prune.factorise import in_form_of
 
 KEY = "lightning_prune"
@@ -58,13 +59,20 @@ def take_shapes(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
         IncompatibleCheckpoint: if the checkpoint is of another architecture; nothing has changed then.
     """
     plan = plan_of(checkpoint)
-    state = checkpoint["state_dict"]
+    state = checkpoint.get("state_dict")
+    if not isinstance(state, Mapping):
+        raise IncompatibleCheckpoint(f"the checkpoint's 'state_dict' must be a mapping, got {type(state).__name__}")
     if plan is None or not plan.kept:
         shapes = {name: tuple(value.shape) for name, value in state.items() if isinstance(value, torch.Tensor)}
         with in_form_of(model, shapes):
             surgery.reshape_like(model, shapes, plan, dense_again=plan is not None)
         return
     surgery.conform(model, state, plan)
+
+
+def being_loaded(trainer: pl.Trainer) -> Mapping[str, Any]:
+    """The checkpoint that a fit, or another stage, is going on from; empty once it has, or without one."""
+    return getattr(trainer._checkpoint_connector, "_loaded_checkpoint", None) or {}
 
 
 class _ShapesFirst:
@@ -80,7 +88,7 @@ class _ShapesFirst:
     def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         if prefix or self._trainer is None or self._model is None:
             return
-        loaded = getattr(self._trainer._checkpoint_connector, "_loaded_checkpoint", None) or {}
+        loaded = being_loaded(self._trainer)
         whole = loaded if loaded.get("state_dict") is not None else {}
         checkpoint = {**({KEY: whole[KEY]} if KEY in whole else {}), "state_dict": state_dict}
         for each in (self._model, *copies(self._trainer, self._model)):
@@ -90,6 +98,58 @@ class _ShapesFirst:
 def conform_on_load(trainer: pl.Trainer, model: pl.LightningModule) -> Any:
     """Register the pre-hook; returns its handle."""
     return model.register_load_state_dict_pre_hook(_ShapesFirst(trainer, model))  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """For the time of a load: say of a checkpoint that is not whole which one it is, and what to do.
+
+    Raises:
+        IncompatibleCheckpoint: instead of what torch raises, if the end of a local file is missing.
+    """
+    try:
+        yield
+    except Exception as error:
+        file = Path(path)
+        if not _is_torn(file):
+            raise
+        others = sorted(file.parent.glob(f"*{file.suffix}"), key=lambda other: -other.stat().st_mtime_ns)
+        whole = next((other for other in others if other.is_file() and zipfile.is_zipfile(other)), None)
+        raise IncompatibleCheckpoint(
+            f"{file} is not a whole checkpoint: {file.stat().st_size} bytes of it are there and its end is missing, as "
+            "when a process dies while it writes; use the one before it"
+            + ("" if whole is None else f": {whole.name} is the newest whole one beside it")
+        ) from error
+
+
+def _is_torn(file: Path) -> bool:
+    """Whether a local file begins as torch writes it, or has not even that, and does not end so."""
+    if not file.is_file() or zipfile.is_zipfile(file):
+        return False
+    with file.open("rb") as opened:
+        return b"PK\x03\x04".startswith(opened.read(4))
+
+
+class _Naming:
+    """Stands before a strategy's ``load_checkpoint`` until it is removed: no hook knows which file will be read."""
+
+    def __init__(self, strategy: Any) -> None:
+        self._strategy, self._load = strategy, strategy.load_checkpoint
+        strategy.load_checkpoint = self
+
+    def __call__(self, checkpoint_path: str | Path, *arguments: Any, **named: Any) -> Any:
+        with naming(checkpoint_path):
+            return self._load(checkpoint_path, *arguments, **named)
+
+    def remove(self) -> None:
+        if vars(self._strategy).get("load_checkpoint") is self:
+            del self._strategy.load_checkpoint
+
+
+def name_on_load(trainer: pl.Trainer) -> Any:
+    """Have the trainer say which checkpoint is torn; returns the handle. One of several callbacks does."""
+    standing = vars(trainer.strategy).get("load_checkpoint")
+    return standing if isinstance(standing, _Naming) else _Naming(trainer.strategy)
 
 
 def copies(trainer: pl.Trainer, model: pl.LightningModule) -> list[nn.Module]:
@@ -136,11 +196,24 @@ def load_pruned(cls: type[_M], path: str | Path, *, map_location: Any = None, **
         The module, with its pruned shapes and weights, in eval mode as Lightning loads it.
 
     Raises:
-        IncompatibleCheckpoint: if the checkpoint is of another architecture.
+        IncompatibleCheckpoint: if the checkpoint is of another architecture, or its end is missing.
         FileNotFoundError: if there is none.
     """
-    with _taking_shapes(cls):
+    with _taking_shapes(cls), naming(path), _refusing(path, cls):
         return cls.load_from_checkpoint(path, map_location=map_location, weights_only=True, **arguments)
+
+
+@contextmanager
+def _refusing(path: str | Path, cls: type) -> Iterator[None]:
+    """For the time of a load: what is in a file decides which of many errors Lightning and torch give."""
+    try:
+        yield
+    except (PruneError, OSError):
+        raise
+    except Exception as error:
+        raise IncompatibleCheckpoint(
+            f"{path} could not be loaded as a {cls.__name__}: {type(error).__name__}: {str(error).strip()[:500]}"
+        ) from error
 
 
 @contextmanager

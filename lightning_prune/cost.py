@@ -62,7 +62,7 @@ def count(model: nn.Module, example_inputs: Any) -> Cost:
 
         return trace(model, example_inputs).cost()
     args, kwargs = as_call(samples(place(example_inputs, model), 1))
-    with undisturbed(model), _quiet(), torch.enable_grad():
+    with undisturbed(model), _uncompiled(model), _quiet(), torch.enable_grad():
         model.eval()
         analysis = _analysis(_Plain(model, len(args), tuple(kwargs)), (*args, *kwargs.values()))
         try:
@@ -104,6 +104,25 @@ class _Plain(nn.Module):
     def forward(self, *values: Any) -> tuple[Tensor, ...]:
         args, named = values[: self.positional], values[self.positional :]
         return tuple(output_tensors(self.model(*args, **dict(zip(self.names, named, strict=True)))))
+
+
+@contextmanager
+def _uncompiled(model: nn.Module) -> Iterator[None]:
+    """Compiled parts run as they were: the tracer that fvcore uses cannot look into what torch has compiled."""
+    saved = []
+    for module in model.modules():
+        own = vars(module)
+        original = getattr(own.get("forward"), "_torchdynamo_orig_callable", None)
+        change = {} if original is None else {"forward": original}
+        if own.get("_compiled_call_impl") is not None:
+            change["_compiled_call_impl"] = None
+        saved.append((own, {key: own[key] for key in change}))
+        own.update(change)
+    try:
+        yield
+    finally:
+        for own, before in saved:
+            own.update(before)
 
 
 @contextmanager

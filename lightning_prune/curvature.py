@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -17,11 +17,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_prune.decision import Plan
+from lightning_prune.errors import IncompatibleCheckpoint
 from lightning_prune.graph.flow import Call
 from lightning_prune.graph.groups import ChannelGraph
+from lightning_prune.state import Fields
 from lightning_prune.taps import Look, Seen, Watch
 
 # Layers with factors: function -> its arguments behind input, weight and bias, and the weight's axis of outputs.
+CURVATURE: Fields = {
+    "factors": dict[str, dict[str, Tensor]],
+    "cut": dict[str, Any],
+    "skipped": int,
+}
+"""What `state_dict` returns of the factors of several layers."""
 _CONVOLUTION = ("stride", "padding", "dilation", "groups")
 _TRANSPOSED = ("stride", "padding", "output_padding", "groups", "dilation")
 _LAYERS: dict[str, tuple[tuple[str, ...], int]] = {
@@ -462,6 +470,11 @@ class RunningFactors:
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Take up where `state_dict` was taken."""
+        wanted = {field.name for field in fields(Factors)}
+        for name, found in state["factors"].items():
+            shape = (*found["outputs"].shape[:1], *found["inputs"].shape[:1]) if found.keys() == wanted else None
+            if shape is None or found["gradient"].shape != shape or found["counts"].shape != (3,):
+                raise IncompatibleCheckpoint(f"the factors of {name!r} in the checkpoint do not fit each other")
         self.factors = {name: Factors(**found).copy_to(device) for name, found in state["factors"].items()}
         self._cut = Plan.from_state_dict(state["cut"])
         self.skipped = int(state["skipped"])

@@ -596,8 +596,10 @@ def _decoded(
 
 def _sections(data: object) -> dict[str, object]:
     sections = _entries("a plan", data, object)
-    if (version := sections.pop("version", None)) != FORMAT_VERSION or type(version) is not int:
-        raise ValueError(f"wanted format version {FORMAT_VERSION}, got {version!r:.40}")
+    version = sections.pop("version", None)
+    if type(version) is not int or version != FORMAT_VERSION:  # its type first: to compare a tensor takes memory
+        got = repr(version) if isinstance(version, int | str | float | None) else type(version).__name__
+        raise ValueError(f"wanted format version {FORMAT_VERSION}, got {got:.40}")
     if set(sections) != set(_SECTIONS):
         odd = min(set(sections) ^ set(_SECTIONS))
         raise ValueError(f"section {odd!r:.80} is {'unknown' if odd in sections else 'missing'}")

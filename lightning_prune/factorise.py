@@ -416,4 +416,8 @@ def _of_rank(name: str, module: nn.Module, first: tuple[int, ...], second: tuple
     if isinstance(module, nn.Sequential) and rank <= len(matrix_of(module[0])):
         return None  # fewer channels between two layers are a cut like any other
     matrix = matrix_of(whole)
+    if rank > min(matrix.shape):  # before memory is taken for what a state only claims
+        raise IncompatibleCheckpoint(
+            f"{name!r} has rank {rank} in the state, and at most {min(matrix.shape)} in the model"
+        )
     return pair(whole, matrix.new_zeros(rank, matrix.shape[1]), matrix.new_zeros(shape[0], rank))

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
+from lightning_prune.errors import IncompatibleCheckpoint
+
 State = dict[Any, Any]
 
 
@@ -56,10 +58,12 @@ def check(optimizers: Iterable[Any], parameters: Mapping[str, nn.Parameter]) -> 
         parameters: name -> parameter that is about to be cut.
 
     Raises:
-        ValueError: if some state cannot follow; the message names the optimizer, the parameter and the state.
+        ValueError: if some state cannot follow; the message names the optimizer, the parameter and the state. Also if
+            an optimizer shares its state out over processes.
     """
     for optimizer in _unwrapped(optimizers):
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        _refuse_shared_out(optimizer)
         for name, parameter in parameters.items():
             if isinstance(optimizer, LBFGS) and id(parameter) in held:
                 raise ValueError(
@@ -68,6 +72,26 @@ def check(optimizers: Iterable[Any], parameters: Mapping[str, nn.Parameter]) -> 
                 )
             for key, value in _state(optimizer, parameter).items():
                 _check_follows(optimizer, name, key, value, tuple(parameter.shape))
+
+
+def check_states(optimizers: Iterable[Any], states: Iterable[Mapping[str, Any]]) -> None:
+    """Make sure that states are of these optimizers' kind, before they load them; changes nothing.
+
+    Torch takes another kind's settings without a word, and fails at the next step, or does something else there.
+
+    Raises:
+        IncompatibleCheckpoint: if param groups have settings that the optimizer's have not, and the other way round.
+            One-sided ones are those of another version of torch.
+    """
+    for optimizer, state in zip(_unwrapped(optimizers), states, strict=False):
+        for number, (group, saved) in enumerate(zip(optimizer.param_groups, state["param_groups"], strict=False)):
+            lacking, foreign = sorted(group.keys() - saved.keys()), sorted(saved.keys() - group.keys())
+            if lacking and foreign:
+                raise IncompatibleCheckpoint(
+                    f"the checkpoint was written with another optimizer than {type(optimizer).__name__}: its param "
+                    f"group {number} has {', '.join(foreign)} and no {', '.join(lacking)}; go on with the optimizer "
+                    "that it was written with, or start a new fit from its weights: load_pruned"
+                )
 
 
 def follow(optimizers: Iterable[Any], cuts: Sequence[Cut]) -> None:
@@ -168,6 +192,15 @@ def _state(optimizer: Optimizer, parameter: nn.Parameter) -> State:
     # not optimizer.state[parameter], which makes an entry for whoever asks
     state: State = optimizer.state.get(parameter, {})
     return state
+
+
+def _refuse_shared_out(optimizer: Optimizer) -> None:
+    # by name, as not every build of torch has the class
+    if any(cls.__name__ == "ZeroRedundancyOptimizer" for cls in type(optimizer).__mro__):
+        raise ValueError(
+            "ZeroRedundancyOptimizer shares its state out over processes, where it cannot follow what is cut or "
+            "masked; prune with the optimizer that it wraps"
+        )
 
 
 def _once(cuts: Sequence[Cut]) -> list[Cut]:

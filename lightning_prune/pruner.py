@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ from typing import Any, ClassVar, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -49,17 +51,20 @@ from lightning_prune.batches import (
 from lightning_prune.budget import Budget, Of
 from lightning_prune.cost import Cost
 from lightning_prune.decision import Plan
-from lightning_prune.errors import NoEvent, NonFiniteScore
+from lightning_prune.errors import IncompatibleCheckpoint, NoEvent, NonFiniteScore
 from lightning_prune.graph.groups import ChannelGraph
 from lightning_prune.ignore import matching
+from lightning_prune.loop import expected_steps
 from lightning_prune.masks import Masks
-from lightning_prune.optimizers import check, clear
+from lightning_prune.optimizers import check, check_states, clear
 from lightning_prune.report import Report
 from lightning_prune.rewind import put_back, take_snapshot
 from lightning_prune.schedule import Event, OneShot, Schedule
+from lightning_prune.state import Fields, check_fields, reading
 
 OnNonfinite = Literal["raise", "postpone"]
 LossFn = Callable[[Any, Any], Tensor]
+_TOLD = 20  # events of a fit that are printed and drawn, if it has more
 
 
 class NotYet(Exception):
@@ -106,6 +111,21 @@ class Pruner(Callback):
     default_schedule: ClassVar[Schedule] = OneShot(0.5)
     first_step: ClassVar[int] = 0  # 1 for a method that needs a gradient before its first event
     alters_training: ClassVar[bool] = False  # whether training is another one before the first event already
+    own_fields: ClassVar[Fields] = {}  # what `own_state` returns: a checkpoint that says another thing is refused
+    state_fields: ClassVar[Fields] = {
+        "version": int,
+        "plan": dict[str, Any],
+        "dense": ({"flops": int, "params": int}, None),
+        "dense_by_layer": dict[str, dict[str, int]],
+        "events": list[tuple[int, float]],
+        "done": int,
+        "steps": int,
+        "missed": int,
+        "total_steps": int | None,
+        "seconds": float,
+        "seed": str | None,
+        "rows": list[dict[str, float]],
+    }
 
     def __init__(
         self,
@@ -138,6 +158,7 @@ class Pruner(Callback):
         self._events: tuple[Event, ...] = ()
         self._done = 0
         self._steps = 0
+        self._warned: set[str] = set()  # what was warned of in this fit
         self._missed = 0  # steps that a dense run had done, in a fit that goes on from its checkpoint
         self._total_steps: int | None = None
         self._rows: list[dict[str, float]] = []
@@ -214,7 +235,7 @@ class Pruner(Callback):
         )
 
     _cost_now: Cost | None = None
-    _postponed: int | None = None
+    _postponed = False
     _shown: float | None = None
     _frozen: Mapping[str, str] = {}
 
@@ -307,6 +328,17 @@ class Pruner(Callback):
         if self._masks is not None:
             self._masks.zero()
             clear(trainer.optimizers, {model.get_parameter(n): mask for n, mask in self._masks.as_bool().items()})
+
+    def warn_once(self, about: str, text: str) -> None:
+        """Warn of something once a fit, however many events find it again.
+
+        Args:
+            about: what it is of; a warning of the same is left out.
+            text: of the warning, whose numbers may be others each time.
+        """
+        if about not in self._warned:
+            self._warned.add(about)
+            rank_zero_warn(text)
 
     def same(self, value: Any) -> Any:
         """The value of the first process, on all processes."""
@@ -407,9 +439,10 @@ class Pruner(Callback):
         if stage == "fit":
             matching(pl_module, self.ignore)
             _refuse_sharding(trainer)
+            self._refuse_spawning(trainer)
             _refuse_clashes(trainer)
             self._started = False
-        self._handles.append(_checkpoint.conform_on_load(trainer, pl_module))
+        self._handles += [_checkpoint.conform_on_load(trainer, pl_module), _checkpoint.name_on_load(trainer)]
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -424,6 +457,11 @@ class Pruner(Callback):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse a checkpoint of another optimizer: its state is loaded next."""
+        check_states(trainer.optimizers, _checkpoint.being_loaded(trainer).get("optimizer_states", ()))
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -447,6 +485,19 @@ class Pruner(Callback):
                 self.before_step(optimizer, held)
         if self._masks is not None:
             self._masks.mask_gradients(held)
+
+    def _refuse_spawning(self, trainer: pl.Trainer) -> None:
+        """Only weights come back from processes that the launcher starts by fork or spawn, into the dense network."""
+        launcher = trainer.strategy.launcher
+        if not isinstance(launcher, _MultiProcessingLauncher):
+            return
+        how = f"{type(self).__name__} prunes in processes that end with the fit ({launcher._start_method})"
+        if self.cuts or self.kind == "ranks":
+            raise RuntimeError(
+                f"{how}, and the network they leave behind here is the dense one, which their weights do not fit; run "
+                "a script with strategy='ddp', or prune on one device"
+            )
+        rank_zero_warn(f"{how}: its plan and report end with them, only weights come back; load them from a checkpoint")
 
     def _held(self, optimizer: Optimizer) -> dict[str, nn.Parameter]:
         every = [p for group in optimizer.param_groups for p in group["params"]]
@@ -536,28 +587,49 @@ class Pruner(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._restored = state_dict
-        self._plan = Plan.from_state_dict(state_dict["plan"])
+        where = f"the state of {type(self).__name__}"
+        check_fields(where, state_dict, {**self.state_fields, "own": self.own_fields})
+        with reading(where):
+            if state_dict["version"] != 1:
+                raise ValueError(f"wanted format version 1, got {state_dict['version']}")
+            plan = Plan.from_state_dict(state_dict["plan"])
+            events = tuple(Event(step, progress) for step, progress in state_dict["events"])
+            if not 0 <= state_dict["done"] <= len(events) or min(state_dict["steps"], state_dict["missed"]) < 0:
+                raise ValueError(f"{state_dict['done']} of {len(events)} events done at step {state_dict['steps']}")
         dense = state_dict["dense"]
+        self._restored, self._plan, self._events = state_dict, plan, events
         self._dense_cost = (
             None if dense is None else Cost(dense["flops"], dense["params"], state_dict["dense_by_layer"])
         )
-        self._events = tuple(Event(int(step), float(progress)) for step, progress in state_dict["events"])
-        self._done = int(state_dict["done"])
-        self._steps = int(state_dict["steps"])
-        self._missed = int(state_dict["missed"])
+        self._done, self._steps, self._missed = (state_dict[key] for key in ("done", "steps", "missed"))
         self._total_steps = state_dict["total_steps"]
         self._seconds = float(state_dict["seconds"])
         self._seed = state_dict["seed"]
         self._rows = [dict(row) for row in state_dict["rows"]]
 
+    def _planned_masks(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+        """The masks of the plan, of a fit that goes on; ``shapes`` are the dense ones of what may be masked.
+
+        Raises:
+            IncompatibleCheckpoint: if they are not of these parameters.
+        """
+        for name, mask in self._plan.masks.items():
+            if tuple(mask.shape) != shapes.get(name):
+                raise IncompatibleCheckpoint(
+                    f"the state of {type(self).__name__} has a mask of {name!r} with shape {tuple(mask.shape)}, which "
+                    f"in this fit {f'has shape {shapes[name]}' if name in shapes else 'is nothing to mask'}"
+                )
+        return dict(self._plan.masks)
+
     def _start(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
         resumed = self._restored is not None
         self._started, self._stepped = True, False
+        self._warned.clear()
         if not resumed:
             surgery.call_dense(model)
             self._plan, self._done, self._steps, self._rows, self._seconds = Plan(), 0, 0, [], 0.0
-            self._seed, self._cost_now, self._postponed = _global_seed(), None, None
+            self._seed = trainer.strategy.broadcast(_global_seed())  # processes may have seeds of their own
+            self._cost_now, self._postponed = None, False
             self._missed = trainer.fit_loop.epoch_loop._batches_that_stepped
         self._fix_events(trainer, resumed)
         self._graph = self._trace(trainer, model)
@@ -585,22 +657,39 @@ class Pruner(Callback):
         return self.graph.cost()
 
     def _fix_events(self, trainer: pl.Trainer, resumed: bool) -> None:
-        total = trainer.estimated_stepping_batches
-        steps = int(total) - self._missed if total != float("inf") else None
+        total, per_epoch = expected_steps(trainer)
+        steps = None if total is None else total - self._missed
         if resumed and steps == self._total_steps:
             return
-        batches = trainer.num_training_batches
-        per_epoch = None if batches == float("inf") else -(-int(batches) // trainer.accumulate_grad_batches)
-        events = self.schedule.resolve(steps, per_epoch)
+        try:
+            events = self.schedule.resolve(steps, per_epoch)
+        except NoEvent as error:
+            if steps is not None or trainer.max_epochs == -1:
+                raise
+            raise NoEvent(f"{type(self).__name__}: {error} (the training data has no length)") from error
         if self.first_step and self.schedule.unit == "fit":  # in a very short fit a fraction of it rounds to the start
             moved = {max(e.step, self.first_step): e for e in events}
             events = tuple(Event(step, e.progress) for step, e in moved.items())
         if not events:
             raise NoEvent(f"{type(self).__name__}: {self.schedule} has no event in a fit of {steps} steps")
-        if resumed:  # a longer fit moves only what is not done yet
-            left = events[self._done :]
-            events = (*self._events[: self._done], *(Event(max(e.step, self._steps + 1), e.progress) for e in left))
+        if resumed:
+            events = self._events_on_resume(events)
         self._events, self._total_steps = events, steps
+
+    def _events_on_resume(self, events: tuple[Event, ...]) -> tuple[Event, ...]:
+        """In a fit of another length what is done stays, and what is left of the way has the new places.
+
+        A longer fit may have more events, or fewer, so that their numbers say nothing; their progress does. Updates,
+        which go all the way each time, have none: of them those come that are later.
+        """
+        done = self._events[: self._done]
+        if all(event.progress == 1 for event in events) and len(events) > 1:
+            left = [event for event in events if event.step > self._steps]
+        else:
+            reached = done[-1].progress if done else 0.0
+            left = [event for event in events if event.progress > reached]
+        later = {max(event.step, self._steps + 1): event.progress for event in left}
+        return (*done, *(Event(step, progress) for step, progress in later.items()))
 
     def _trace(self, trainer: pl.Trainer, model: pl.LightningModule) -> ChannelGraph:
         example = self.example_input
@@ -625,25 +714,29 @@ class Pruner(Callback):
         except NonFiniteScore as error:
             if self.on_nonfinite == "raise":
                 raise
-            if self._postponed != due[-1]:  # said once an event, not at every step that it waits
-                self._postponed = due[-1]
+            if not self._postponed:  # said once, not at every step that it waits, nor for each event that joins it
+                self._postponed = True
                 rank_zero_warn(f"{type(self).__name__} postpones its event at step {self._steps}: {error}")
             return
         self._agree(trainer)
-        self._done = due[-1] + 1
+        earlier, self._done, self._postponed = self._done, due[-1] + 1, False
         self._seconds += time.perf_counter() - started
-        if not changed:
-            nothing = self._row()["prune/density"] == 1  # else a fine schedule is ahead of this step
-            say = rank_zero_warn if nothing else rank_zero_info
-            say(f"{type(self).__name__}: the event at step {self._steps} changed nothing")
         self._cost_now = self._current_cost()
         row = self.log_row(trainer)
         self._rows.append({"step": float(self._steps), **row})
-        self._log_pictures(trainer)
-        rank_zero_info(
-            f"{type(self).__name__}: event {self._done} of {len(self._events)} at step {self._steps}, "
-            f"flops kept {row['prune/flops_kept']:.4f}, density {row['prune/density']:.4f}"
-        )
+        if not changed and row["prune/density"] == 1:  # else a fine schedule is ahead of this step
+            self.warn_once("idle", f"{type(self).__name__}: the event at step {self._steps} changed nothing")
+        if self._tells(earlier):
+            self._log_pictures(trainer)
+            rank_zero_info(
+                f"{type(self).__name__}: event {self._done} of {len(self._events)} at step {self._steps}"
+                f"{'' if changed else ' changed nothing'}, "
+                f"flops kept {row['prune/flops_kept']:.4f}, density {row['prune/density']:.4f}"
+            )
+
+    def _tells(self, earlier: int) -> bool:
+        """Whether this event, with ``earlier`` ones done before it, is printed and drawn: the first, and about 20."""
+        return not earlier or _TOLD * self._done // len(self._events) > _TOLD * earlier // len(self._events)
 
     def _agree(self, trainer: pl.Trainer) -> None:
         """Stop if processes decided differently: from here on they would train different networks."""
@@ -668,6 +761,7 @@ class Pruner(Callback):
         row = self._row()
         row["prune/event"] = float(self._done)
         row["prune/seconds"] = self._seconds
+        row = {sys.intern(key): value for key, value in row.items()}  # rows of hundreds of events share their keys
         shown = row if self._speaks else self._aside(row, trainer.lightning_module, ended)
         step = max(0, trainer.fit_loop.epoch_loop._batches_that_stepped - ended)
         for logger in trainer.loggers:
@@ -754,7 +848,8 @@ def _refuse_clashes(trainer: pl.Trainer) -> None:
 
 def _refuse_sharding(trainer: pl.Trainer) -> None:
     name = type(trainer.strategy).__name__
-    if any(word in name for word in ("FSDP", "DeepSpeed", "ModelParallel")):
+    bases = [cls.__name__ for cls in type(trainer.strategy).__mro__]
+    if any(word in base for base in bases for word in ("FSDP", "DeepSpeed", "ModelParallel")):
         raise RuntimeError(
             f"{name} shards parameters, which cannot be cut or masked by channel; prune under DDP or on one device, or "
             "plan and cut with lightning_prune.plan and lightning_prune.cut before the model is sharded"

@@ -32,7 +32,10 @@ from lightning_prune.ignore import matching
 from lightning_prune.pruner import Pruner, one_of
 from lightning_prune.ranking import rank_uniform
 from lightning_prune.schedule import Schedule, Updates
+from lightning_prune.state import Fields
 from lightning_prune.wiring import NormBehind, wiring
+
+_UNTRAINED = "its weight is not trained"
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,11 @@ class RankPruner(Pruner):
 
     kind = "ranks"
     default_of = "flops"
+    own_fields: ClassVar[Fields] = {
+        "sizes": dict[str, tuple[int, int, int]],
+        "factorised": bool,
+        "projected_at?": int,
+    }
     default_schedule: ClassVar[Schedule] = Updates(every=1, unit="epoch", end=1.0, least=10, closing=True)
 
     def __init__(
@@ -151,6 +159,7 @@ class RankPruner(Pruner):
         self._norms: Mapping[str, NormBehind] = {}
         self._factorised = False
         self._projected_at = -1
+        self._said_behind = False
         self._fitted: weakref.ref[nn.Module] | None = None
 
     @abstractmethod
@@ -211,9 +220,10 @@ class RankPruner(Pruner):
 
     @override
     def _prepare(self, model: nn.Module) -> None:
-        self._projected_at = -1
+        self._said_behind = False
         self._fitted = weakref.ref(model)
         state = (self._restored or {}).get("own", {})
+        self._projected_at = int(state.get("projected_at", -1))
         self._factorised = bool(state.get("factorised", False))
         if self._factorised:  # two layers that train on, like any others
             self._frozen = {}
@@ -244,7 +254,7 @@ class RankPruner(Pruner):
             elif not size.places:
                 why = "the example input does not reach it"
             elif not weight.requires_grad:
-                why = "its weight is not trained"
+                why = _UNTRAINED
             elif name in wired.bypassed:
                 why = "its weight is read by what does not call the layer"
             elif name in wired.last and isinstance(layer, nn.Linear) and not self.classifier:
@@ -297,12 +307,14 @@ class RankPruner(Pruner):
         except UnmeetableBudget as error:
             least = {n: max(self.min_rank, int(self.keep.get(n, 0) * size + 1e-9)) for n, size in values.items()}
             smallest = math.ceil(1e4 * self._measured(least) / max(1, dense)) / 1e4  # met if asked for
+            untrained = [name for name, why in self._frozen.items() if why == _UNTRAINED]
             raise UnmeetableBudget(
                 f"{type(self).__name__}: a budget of {budget.keep:g} of the {budget.of} cannot be met: with the "
                 f"smallest ranks allowed {smallest:.4f} are left; raise keep"
                 + (", lower min_rank" if self.min_rank > 1 else "")
                 + (", or give fewer layers a keep= of their own" if self.keep else "")
                 + (", or ignore fewer layers" if self.ignore else "")
+                + (f", or train {', '.join(untrained)} from the start" if untrained else "")
             ) from error
         ranks = {name: int(mask.sum()) for name, mask in masks.items()}
         open_to_more = [name for name in ranks if name not in self.keep]
@@ -407,8 +419,9 @@ class RankPruner(Pruner):
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say it once if what is validated is not what was projected."""
-        behind = self._graph is not None and self._plan.ranks and not self._factorised
+        behind = self._graph is not None and self._plan.ranks and not (self._factorised or self._said_behind)
         if behind and 0 <= self._projected_at < self._steps and not trainer.sanity_checking:
+            self._said_behind = True
             rank_zero_info(
                 f"{type(self).__name__}: what is validated at step {self._steps} has trained on since the projection "
                 f"at step {self._projected_at}, and has its full rank"
@@ -428,8 +441,16 @@ class RankPruner(Pruner):
         ranks = dict(self._plan.ranks) if self._done else self._ranks_within(self.budget)
         if self._steps == self._projected_at or not ranks:
             return
-        with torch.no_grad(), own_precision(pl_module), self._event(trainer, pl_module):
-            self._project(trainer, pl_module, ranks, closing=True)
+        try:
+            with torch.no_grad(), own_precision(pl_module), self._event(trainer, pl_module):
+                self._project(trainer, pl_module, ranks, closing=True)
+        except NonFiniteScore as error:
+            if self.on_nonfinite == "raise":
+                raise
+            self._plan = Plan()
+            self._cost_now = self._current_cost()
+            rank_zero_warn(f"{type(self).__name__} leaves every layer whole, and the budget is not met: {error}")
+            return
         self._plan, self._projected_at = Plan(ranks=ranks), self._steps
         self._cost_now = self._current_cost()
         self._rows.append({"step": float(self._steps), **self.log_row(trainer, ended=True)})
@@ -498,7 +519,7 @@ class RankPruner(Pruner):
     @override
     def own_state(self) -> dict[str, Any]:
         sizes = {name: [size.outs, size.fan_in, size.places] for name, size in self._sizes.items()}
-        return {"sizes": sizes, "factorised": self._factorised}
+        return {"sizes": sizes, "factorised": self._factorised, "projected_at": self._projected_at}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

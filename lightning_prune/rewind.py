@@ -16,6 +16,17 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ChainedScheduler
 from torch.utils._pytree import tree_map
 
+from lightning_prune.state import Fields
+
+SNAPSHOT: Fields = {
+    "model": dict[str, Tensor],
+    "averages": list[dict[str, Tensor]],
+    "optimizers?": list[tuple[str, dict[str, Any]]],
+    "schedulers?": list[tuple[str, dict[str, Any]]],
+    "random?": dict[str, Any],
+}
+"""What `take_snapshot` returns, or a part of it."""
+
 
 def take_snapshot(trainer: pl.Trainer, model: nn.Module) -> dict[str, Any]:
     """Copy what a checkpoint would hold of a model, and of averages of it, optimizers, schedulers and random states.

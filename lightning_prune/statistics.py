@@ -16,6 +16,16 @@ from torch.utils._pytree import tree_flatten
 from torchmetrics import Metric
 
 from lightning_prune.errors import NonFiniteScore
+from lightning_prune.state import Fields
+
+STATE: Fields = {
+    "sizes": dict[str, int],
+    "total": Tensor,
+    "count": Tensor,
+    "skipped": Tensor,
+    "kept": dict[str, dict[str, Tensor]],
+}
+"""What `Statistics.state_dict` returns."""
 
 
 def samples_in(batch: Any) -> int:
@@ -151,9 +161,9 @@ class Statistics:
         known = [torch.full((size,), n in values, device=device) for n, size in self._sizes.items()]
         self._window.update(torch.cat(parts), torch.cat(known), weight)
 
-    def unmeasured(self) -> list[str]:
-        """Groups without a finite batch in the window, of this process."""
-        counts = torch.split(self._window.count, list(self._sizes.values()))
+    def unmeasured(self, total: Callable[[Tensor], Tensor] = torch.clone) -> list[str]:
+        """Groups without a finite batch in the window; ``total`` sums a tensor over processes."""
+        counts = torch.split(total(self._window.count), list(self._sizes.values()))
         return [name for name, count in zip(self._sizes, counts, strict=True) if not bool(count.any())]
 
     @property
@@ -187,13 +197,13 @@ class Statistics:
             del self.kept[name], self._sizes[name]
         vars(self).pop("_window", None)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors and names only."""
+    def state_dict(self, total: Callable[[Tensor], Tensor] = torch.clone) -> dict[str, Any]:
+        """Tensors and names only; of the window what ``total`` makes of this process' sums."""
         return {
             "sizes": dict(self._sizes),
-            "total": self._window.total.cpu().clone(),
-            "count": self._window.count.cpu().clone(),
-            "skipped": self._window.skipped.cpu().clone(),
+            "total": total(self._window.total).cpu(),
+            "count": total(self._window.count).cpu(),
+            "skipped": total(self._window.skipped).cpu(),
             "kept": {name: {key: t.cpu().clone() for key, t in kept.items()} for name, kept in self.kept.items()},
         }
 
@@ -211,8 +221,15 @@ class Statistics:
         if sizes != self._sizes:
             raise ValueError(f"statistics are of groups {sizes}, the model has {self._sizes}")
         wanted = (sum(state["sizes"].values()),)
-        if state["total"].shape != wanted:
-            raise ValueError(f"statistics have {tuple(state['total'].shape)} sums, {wanted} wanted")
+        for name in ("total", "count"):
+            if state[name].shape != wanted or state[name].dtype != torch.float64:
+                raise ValueError(f"statistics have a {name} of shape {tuple(state[name].shape)}, {wanted} wanted")
+        if state["skipped"].shape != ():
+            raise ValueError(f"statistics have skipped {tuple(state['skipped'].shape)}, one number wanted")
+        for name, kept in state["kept"].items():
+            for key, value in kept.items():
+                if name in sizes and value.shape[:1] != (sizes[name],):
+                    raise ValueError(f"{key!r} of group {name!r} is kept with shape {tuple(value.shape)}")
         spans = list(state["sizes"].values())
         for name in ("total", "count"):
             parts = dict(zip(state["sizes"], torch.split(state[name], spans), strict=True))

@@ -170,7 +170,20 @@ def _with_attributes(model: nn.Module, named: Mapping[str, nn.Module], plan: Pla
     """The modules, of all by name, that a plan names attributes of."""
     if missing := next((name for name in plan.attributes if name not in named), None):
         raise ValueError(f"the plan names attributes of {missing!r}, which {type(model).__name__} does not have")
+    _check_sizes(named, plan)
     return {name: named[name] for name in plan.attributes}
+
+
+def _check_sizes(named: Mapping[str, nn.Module], plan: Plan) -> None:
+    """Refuse a plan that would set what is no size of a module: a stranger's may name ``forward``, or ``weight``."""
+    for name, values in plan.attributes.items():
+        module = named.get(name)
+        for key, value in values.items() if module is not None else ():
+            now = getattr(module, key, 0)  # what it does not have may come with the cut
+            if not isinstance(now, int | tuple | list) or isinstance(now, bool):
+                raise ValueError(
+                    f"the plan sets {key!r:.40} of module {name!r} to {value}; that is no size but {type(now).__name__}"
+                )
 
 
 def _holders(modules: Mapping[str, nn.Module], names: Iterable[str]) -> list[nn.Module]:
@@ -503,6 +516,10 @@ def reshape_like(
     """
     modules = dict(model.named_modules())
     tensors = _tensors(modules)
+    try:
+        _check_sizes(modules, plan or Plan())
+    except ValueError as error:
+        raise IncompatibleCheckpoint(str(error)) from error
     changed = {n: s for n, s in shapes.items() if n in tensors and tuple(tensors[n].shape) != tuple(s)}
     for name, shape in changed.items():
         now = tuple(tensors[name].shape)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -16,12 +17,13 @@ from lightning_prune.batches import own_precision
 from lightning_prune.budget import Budget
 from lightning_prune.cost import Cost
 from lightning_prune.decision import Plan
-from lightning_prune.errors import NothingToPrune, UnmeetableBudget
+from lightning_prune.errors import IncompatibleCheckpoint, NonFiniteScore, NothingToPrune, UnmeetableBudget
 from lightning_prune.ignore import matching
 from lightning_prune.masks import Masks
 from lightning_prune.optimizers import clear
 from lightning_prune.pruner import Pruner, named, one_of, zero_copies
 from lightning_prune.ranking import rank_weights
+from lightning_prune.state import Fields
 
 
 class WeightPruner(Pruner):
@@ -46,7 +48,13 @@ class WeightPruner(Pruner):
 
     kind = "weights"
     default_of = "units"
+    state_fields: ClassVar[Fields] = {
+        **Pruner.state_fields,
+        "kept": dict[str, dict[str, Tensor]],
+        "regrown": int,
+    }
     default_scope: ClassVar[Literal["global", "layer"]] = "global"
+    _against_empty = "raise keep"
 
     def __init__(
         self,
@@ -132,7 +140,8 @@ class WeightPruner(Pruner):
         self._dense_sizes = {name: math.prod(shape) for name, shape in self._dense_shapes.items()}
         self._mask_as_planned(model)
         self._refuse_shared()
-        if self._allowance(self.budget)[0] < 0:
+        allowance, price = self._allowance(self.budget)
+        if allowance < min(price.values()):
             self._refuse_budget(ignored)
 
     def _mask_as_planned(self, model: nn.Module) -> None:
@@ -141,11 +150,28 @@ class WeightPruner(Pruner):
         if self._restored is None:
             self.kept, self.regrown, self._plan_is_old = {}, 0, False
         else:
-            masks = {name: self._mask_now(name, mask) for name, mask in self._plan.masks.items()} or masks
+            planned = self._planned_masks({name: self._dense_shapes[name] for name in self.weights})
+            masks |= {name: self._mask_now(name, mask) for name, mask in planned.items()}
+            self._check_kept()
             for values in self.kept.values():
                 values.update({n: t.to(self.weights[n].device) for n, t in values.items()})
         self._masks = Masks(named(model, masks), masks)
         self._masks.zero()
+
+    def _check_kept(self) -> None:
+        for key, values in self.kept.items():
+            for name, tensor in values.items():
+                shape = tuple(self.weights[name].shape) if name in self.weights else None
+                if (
+                    shape is None
+                    or len(shape) != tensor.ndim
+                    or any(size not in (1, whole) for size, whole in zip(tensor.shape, shape, strict=True))
+                ):
+                    raise IncompatibleCheckpoint(
+                        f"the state of {type(self).__name__} has kept[{key!r}] of {name!r} with shape "
+                        f"{tuple(tensor.shape)}, which in this fit "
+                        + ("is nothing to mask" if shape is None else f"has shape {shape}")
+                    )
 
     def _refuse_shared(self) -> None:
         for other in self._company:
@@ -160,9 +186,9 @@ class WeightPruner(Pruner):
         why = {n: "ignored" if n in ignored else self._frozen.get(n, "no layer multiplies with it") for n in largest}
         most = f" (mostly {'; '.join(f'{n}: {reason}' for n, reason in why.items())})" if why else ""
         raise UnmeetableBudget(
-            f"{type(self).__name__}: a budget of {self.budget.keep:g} of the {self.budget.of} cannot be met: what "
-            f"is never pruned is {self._fixed() / max(1, self._dense_measure()):.4f} of them{most}; raise keep, or "
-            "ignore fewer layers"
+            f"{type(self).__name__}: a budget of {self.budget.keep:g} of the {self.budget.of} cannot be met with even "
+            f"one of the {sum(w.numel() for w in self.weights.values())} weights that may go: what is never pruned is "
+            f"{self._fixed() / max(1, self._dense_measure()):.4f} of them{most}; raise keep, or ignore fewer layers"
         )
 
     @override
@@ -221,13 +247,35 @@ class WeightPruner(Pruner):
         allowance, price = self._allowance(budget)
         if allowance < 0:
             raise UnmeetableBudget(f"{type(self).__name__}: {budget.keep:g} cannot be met now")
+        self._refuse_not_finite()
         scores = self.scores(self.weights)
-        changed = self.set_masks(self.select(scores, allowance, price))
+        masks = self.select(scores, allowance, price)
+        self._warn_of_empty(masks)
+        changed = self.set_masks(masks)
         if trainer.is_global_zero:
             step = trainer.fit_loop.epoch_loop._batches_that_stepped
             for name, score in scores.items():
                 figures.log_histogram(trainer.loggers, f"prune/score/{name}", score[torch.isfinite(score)], step)
         return changed
+
+    def _refuse_not_finite(self) -> None:
+        finite = torch.stack([torch.isfinite(weight).all() for weight in self.weights.values()]).tolist()
+        if bad := [name for name, fine in zip(self.weights, finite, strict=True) if not fine]:
+            raise NonFiniteScore(
+                f"weights of {bad[0]!r}{f' and {len(bad) - 1} more' if len(bad) > 1 else ''} are NaN or infinite; "
+                "look at the loss before this event"
+            )
+
+    def _warn_of_empty(self, masks: Mapping[str, Tensor]) -> None:
+        """Say which layers lose the last of their weights at this event."""
+        assert self._masks is not None
+        before, new = self._masks.counts(), [name for name, mask in masks.items() if not bool(mask.any())]
+        if empty := [name for name in new if before[name]]:
+            rank_zero_warn(
+                f"{type(self).__name__} leaves no weight of {', '.join(empty[:3])}"
+                f"{f' and {len(empty) - 3} more' if len(empty) > 3 else ''}, so that nothing flows through; "
+                f"{self._against_empty}, or list what has to stay in ignore="
+            )
 
     def set_masks(self, masks: Mapping[str, Tensor]) -> bool:
         """Hold other weights at zero from now on; optimizer state under zeros is cleared. Returns whether any changed.

@@ -322,3 +322,66 @@ def test_two_loads_into_one_process_do_not_touch_each_other(saved, tiny_net):
     assert first.conv1.out_channels > second.conv1.out_channels
     assert tiny_net().conv1.out_channels == 12
     assert isinstance(first, pl.LightningModule)
+
+
+ENDS = {"nothing": slice(0), "two bytes": slice(2), "a third": slice(5000), "all but a byte": slice(-1)}
+
+
+@pytest.fixture(params=ENDS.values(), ids=ENDS)
+def torn(request, saved):
+    """The folder of `saved`, with ``epoch=1.ckpt`` torn, as a file system without atomic renames leaves it."""
+    folder, _, _ = saved
+    file = folder / "epoch=1.ckpt"
+    file.write_bytes(file.read_bytes()[request.param])
+    return file
+
+
+def test_torn_checkpoint_is_refused_with_its_name_and_the_one_before_it_works(torn, fit, tiny_net, make_trainer):
+    message = rf"{torn} is not a whole checkpoint: {torn.stat().st_size} bytes .* epoch=0.ckpt is the newest whole one"
+    with pytest.raises(IncompatibleCheckpoint, match=message):
+        load_pruned(tiny_net, torn)
+    model, callback = tiny_net(), L1Filter(0.4, schedule=IN_STEPS)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(IncompatibleCheckpoint, match=message):
+        fit([callback, Magnitude(0.5, ignore="stem")], model=model, ckpt_path=torn)
+    with pytest.raises(IncompatibleCheckpoint, match=message):
+        make_trainer(callback).test(model, ckpt_path=torn, weights_only=True)
+    assert differing(before, model.state_dict()) == []
+    again = fit(callback, model=model, ckpt_path=torn.with_stem("epoch=0"))
+    assert callback.events_done == 2
+    assert again.global_step == 8
+    load_pruned(tiny_net, torn.with_stem("epoch=0"))
+
+
+def test_torn_checkpoint_alone_in_its_folder_is_refused_too(fit, tmp_path):
+    file = tmp_path / "alone" / "last.ckpt"
+    file.parent.mkdir()
+    file.write_bytes(b"PK\3\4 and no more")
+    file.with_stem("notes").write_text("no checkpoint, but not torn either")
+    with pytest.raises(IncompatibleCheckpoint, match=r"last.ckpt is not a whole checkpoint.*use the one before it$"):
+        fit(L1Filter(0.4), ckpt_path=file)
+
+
+def test_whole_file_that_is_refused_for_another_reason_is_not_called_torn(saved, fit, tiny_net):
+    folder, _, _ = saved
+    other = folder / "other.ckpt"
+    torch.save({"state_dict": {}, "code": copy.copy}, other)
+    for load in (lambda: load_pruned(tiny_net, other), lambda: fit(L1Filter(0.4), ckpt_path=other)):
+        with pytest.raises(Exception, match="Weights only load failed"):
+            load()
+    with pytest.raises(FileNotFoundError):
+        fit(L1Filter(0.4), ckpt_path=folder / "none.ckpt")
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_strategy_loads_as_before_once_a_stage_has_ended(saved, tiny_net, make_trainer, make_loader, fails):
+    folder, _, _ = saved
+    trainer = make_trainer([L1Filter(0.4, schedule=IN_STEPS), Magnitude(0.5, ignore="stem")])
+    file = folder / "epoch=1.ckpt"
+    if fails:
+        file.write_bytes(b"")
+        with pytest.raises(IncompatibleCheckpoint):
+            trainer.validate(tiny_net(), make_loader(8), ckpt_path=file, weights_only=True)
+    else:
+        trainer.validate(tiny_net(), make_loader(8), ckpt_path=file, verbose=False, weights_only=True)
+    assert "load_checkpoint" not in vars(trainer.strategy)

@@ -15,7 +15,7 @@ PACKAGE = "lightning_prune"
 METHODS, LIGHTNING = 4, 3
 # Floor -> first part of the module's name below the package; a folder is on one floor as a whole.
 FLOORS = {
-    0: ("errors", "decision", "schedule", "budget", "ranking", "densities"),
+    0: ("errors", "state", "decision", "schedule", "budget", "ranking", "densities"),
     1: ("graph", "cost", "report", "ignore", "terms", "wiring"),
     2: (
         "statistics",
@@ -41,6 +41,7 @@ FLOORS = {
         "checkpoint",
         "figures",
         "batches",
+        "loop",
         "rewind",
         "channel_pruner",
         "weight_pruner",

@@ -947,6 +947,17 @@ def test_event_that_waits_for_a_finite_batch_is_said_once(fit, tiny_net):
     assert [str(w.message) for w in caught if "after 0 of 1 events" in str(w.message)]
 
 
+def test_events_that_join_one_that_waits_are_not_said(fit, tiny_net):
+    class Diverged(tiny_net):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) * (float("nan") if self.global_step < 4 else 1)
+
+    callback = TaylorWeight(0.5, schedule=Iterative(start=1, end=3, every=1, unit="step"), on_nonfinite="postpone")
+    with pytest.warns(UserWarning, match="TaylorWeight") as caught:
+        fit(callback, model=Diverged())
+    assert len([w for w in caught if "postpones its event" in str(w.message)]) == 1
+
+
 def test_event_that_finds_its_budget_met_is_no_warning_once_something_went(fit, caplog):
     # 24 channels in 30 events: some have nothing left to do
     callback = LastIndices(0.9, schedule=Iterative(start=1, end=7, every=1, unit="step"))

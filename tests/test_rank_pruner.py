@@ -469,6 +469,21 @@ def test_norms_that_are_not_finite_stop_it(fit):
         fit([Truncate(ranks={"conv1": 4, "hidden": 2}), BreakNorm()])
 
 
+class BreakLast(Callback):
+    def on_train_batch_end(self, trainer, model, *_):
+        if trainer.global_step == 7:
+            model.norm1.running_var.fill_(float("nan"))
+
+
+def test_last_projection_that_cannot_be_leaves_the_model_whole_if_asked(fit):
+    callback = Truncate(0.5, schedule=AT_3, on_nonfinite="postpone")
+    with pytest.warns(UserWarning, match="Truncate leaves every layer whole, and the budget is not met: Truncate can"):
+        trainer = fit([BreakLast(), callback], max_steps=7)
+    assert not any(is_pair(module) for module in trainer.lightning_module.modules())
+    assert callback.plan.is_empty
+    assert callback.report.flops_kept == 1
+
+
 def test_nothing_is_projected_when_one_layer_cannot_be(fit, tiny_net):
     model = tiny_net()
     watch = Watch("hidden")

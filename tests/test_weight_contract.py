@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_prune import Budget
+from lightning_prune import Budget, Iterative, WeightPruner, count
+from lightning_prune.errors import NonFiniteScore, UnmeetableBudget
 from lightning_prune.methods import discover
 
 METHODS = {name: cls for name, cls in discover().items() if cls.kind == "weights"}
@@ -40,6 +41,39 @@ def assert_exact(callback, model: nn.Module, keep: float = 0.2) -> None:
     for name, mask in masks.items():
         assert not weights[name][~mask].any()
     assert sum(int(p.count_nonzero()) for p in weights.values()) == asked
+
+
+@pytest.mark.parametrize("of", ["units", "params"])
+def test_budget_that_leaves_no_weight_is_refused_before_anything_changes(method, fit, tiny_net, of):
+    model = tiny_net()
+    fixed = sum(p.numel() for p in model.parameters() if p.ndim < 2) / count(model, model.example_input_array).params
+    before = copy.deepcopy(model.state_dict())
+    keep = 0.0001 + (fixed if of == "params" else 0)
+    with pytest.raises(UnmeetableBudget, match=r"cannot be met with even one of the \d+ weights that may go: .* raise keep"):
+        fit(method(Budget(keep, of)), model=model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_weights_that_are_not_numbers_stop_the_event_and_are_named(method, fit, tiny_net):
+    model = tiny_net()
+    with torch.no_grad():
+        model.conv1.weight[1, 2] = float("nan")
+    with pytest.raises(NonFiniteScore, match=r"weights of '\w+\.weight'( and \d+ more)? are NaN or infinite"):
+        fit(method(Budget(0.5)), model=model)
+
+
+def test_layer_that_loses_its_last_weight_is_said_once(fit, tiny_net):
+    class Head(WeightPruner):
+        """Keeps the weights that come last in the network."""
+
+        def scores(self, weights):
+            return {n: torch.full(w.shape, float(i)) for i, (n, w) in enumerate(weights.items())}
+
+    with pytest.warns(UserWarning, match="Head leaves no weight of") as caught:
+        fit(Head(0.1, schedule=Iterative(start=2, end=6, every=2, unit="step")), max_epochs=2)
+    said = [str(w.message) for w in caught if "leaves no weight of" in str(w.message)]
+    assert [message.count("stem.weight") for message in said].count(1) == 1
+    assert all("raise keep, or list what has to stay in ignore=" in message for message in said)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)

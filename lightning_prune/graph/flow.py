@@ -132,7 +132,7 @@ class Flow:
         component, unit_group, unit_place: of coordinates -> component, and of components -> group and place in it.
         numbers: group name -> its number among all that were found.
         before: (U,) of components, whether they were there before ``cuts``.
-        cuts: made since: the groups there were, and what was kept of each parameter.
+        cuts: made since: group -> (C,) bool, which of its components stayed.
         gates: group name -> where its gates are, once that was asked for; no cut changes it.
     """
 
@@ -144,7 +144,7 @@ class Flow:
     unit_place: NDArray[np.int64]
     numbers: Mapping[str, int]
     before: NDArray[np.bool_]
-    cuts: tuple[tuple[Sequence[Any], Mapping[str, Mapping[int, Tensor]]], ...] = ()
+    cuts: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
     gates: dict[str, tuple[Any, ...]] = field(default_factory=dict)
 
     @classmethod
@@ -177,26 +177,30 @@ class Flow:
         )
 
     def after(self, groups: Sequence[Any], kept: Mapping[str, Mapping[int, Tensor]]) -> Flow:
-        """The flow once a plan is applied; worked out when it is asked for.
+        """The flow once a plan is applied; which components that leaves is worked out when it is asked for.
 
         Args:
             groups: as they were before.
             kept: parameter or buffer -> {dim: kept indices}.
         """
-        if "_alive" in vars(self):
-            return replace(self, before=self._alive, cuts=((groups, kept),))
-        return replace(self, cuts=(*self.cuts, (groups, kept)))
+        asked = "_alive" in vars(self)
+        before = self._alive if asked else self.before
+        cuts = {} if asked else dict(self.cuts)  # one mask a group, however many cuts nobody asked about
+        for group in groups:
+            member = next((m for m in group.members if m.dim in kept.get(m.name, {})), None)
+            if member is not None:
+                stays = np.isin(member.indices[:, 0].numpy(), kept[member.name][member.dim].numpy())
+                whole = cuts[group.name].copy() if group.name in cuts else np.ones(len(stays), dtype=bool)
+                whole[whole] = stays
+                cuts[group.name] = whole
+        return replace(self, before=before, cuts=cuts)
 
     @cached_property
     def _alive(self) -> NDArray[np.bool_]:
         """(U,) of components, whether they are there now."""
         alive = self.before.copy()
-        for groups, kept in self.cuts:
-            for group in groups:
-                member = next((m for m in group.members if m.dim in kept.get(m.name, {})), None)
-                if member is not None:
-                    stays = np.isin(member.indices[:, 0].numpy(), kept[member.name][member.dim].numpy())
-                    alive[self._units(group.name, alive)[~stays]] = False
+        for group, stays in self.cuts.items():
+            alive[self._units(group, self.before)[~stays]] = False
         return alive
 
     def _units(self, group: str, alive: NDArray[np.bool_]) -> NDArray[np.int64]:

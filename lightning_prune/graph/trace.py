@@ -860,8 +860,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         {p.device.index or 0 for m in modules for p in m._parameters.values() if p is not None and p.is_cuda}
     )
     with ExitStack() as stack:
-        if any(type(module).__name__ == "OptimizedModule" for module in modules):
-            stack.enter_context(torch.compiler.set_stance("force_eager"))  # the module that was compiled, as it was
+        if "torch._dynamo" in sys.modules:  # what was compiled, modules and functions, runs as it was before
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.random.fork_rng(devices=devices))
         stack.enter_context(torch.no_grad())
         fast_path = torch.backends.mha.get_fastpath_enabled()

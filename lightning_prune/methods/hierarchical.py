@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from heapq import heapify, heappop, heappush
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from typing_extensions import override
@@ -29,6 +29,7 @@ from lightning_prune.pruner import LossFn, Paper
 from lightning_prune.ranking import round_count
 from lightning_prune.report import markdown_table
 from lightning_prune.schedule import OneShot
+from lightning_prune.state import Fields
 from lightning_prune.statistics import SampleSums, samples_in
 from lightning_prune.taps import Look, SampleGradients, Seen, tensor_of, watching
 
@@ -184,6 +185,16 @@ def allocate(
     return given
 
 
+REDUNDANCY: Fields = {
+    "ranks": dict[str, tuple[int, int]],
+    "channels": float,
+    "params": float,
+    "flops": float,
+    "samples": int,
+}
+"""What `Redundancy.to_dict` returns."""
+
+
 @dataclass(frozen=True)
 class Redundancy:
     """How much of a network is redundant, and where.
@@ -218,7 +229,8 @@ class Redundancy:
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> Redundancy:
         """What `to_dict` gave."""
-        return cls(**{**state, "ranks": {name: (int(k), int(c)) for name, (k, c) in state["ranks"].items()}})
+        values = {key: state[key] for key in REDUNDANCY}
+        return cls(**{**values, "ranks": {name: (int(k), int(c)) for name, (k, c) in state["ranks"].items()}})
 
     def __str__(self) -> str:
         rows: list[dict[str, object]] = [
@@ -257,6 +269,11 @@ class Hierarchical(ChannelPruner):
     """
 
     paper = Paper("Zhou et al.", 2022, "https://arxiv.org/abs/2206.03596")
+    state_fields: ClassVar[Fields] = {
+        **ChannelPruner.state_fields,
+        "redundancy?": REDUNDANCY,
+        "clipped?": dict[str, int],
+    }
     needs = "gradients of calibration data"
     default_schedule = OneShot(0.5)
     default_scope = "uniform"
@@ -388,10 +405,11 @@ class Hierarchical(ChannelPruner):
         )
         if out.unreliable:
             largest = max(ranks[name][1] for name in out.unreliable)
-            rank_zero_warn(
+            self.warn_once(
+                "unreliable",
                 f"Hierarchical: the redundancy of {len(out.unreliable)} groups is unreliable ("
                 f"{', '.join(out.unreliable[:3])}): {samples} samples, {4 * largest} wanted for {largest} channels; "
-                f"calibrate with more (samples={4 * largest}) where there are more"
+                f"calibrate with more (samples={4 * largest}) where there are more",
             )
         return out
 
@@ -450,10 +468,11 @@ class Hierarchical(ChannelPruner):
 
     def _warn_beyond(self, at_most: Mapping[str, int], removed: int) -> None:
         share = self._measured_cost(at_most) / max(1, self._dense_measure())
-        rank_zero_warn(
+        self.warn_once(
+            "beyond",
             "Hierarchical: the budget asks for more than the maximum redundancy of the network, "
             f"{self.redundancy.channels:.4f} of its channels, which would keep {share:.4f} of the {self.budget.of}; "
-            f"{removed} channels go, those beyond it in the order of relative error; raise keep, or take max_rate=True"
+            f"{removed} channels go, those beyond it in the order of relative error; raise keep, or take max_rate=True",
         )
 
     @override
@@ -512,7 +531,7 @@ class Hierarchical(ChannelPruner):
         super().load_state_dict(state_dict)
         if "redundancy" in state_dict:
             self._redundancy = Redundancy.from_dict(state_dict["redundancy"])
-            self._clipped = dict(state_dict["clipped"])
+            self._clipped = dict(state_dict.get("clipped", {}))
 
 
 def redundancy(

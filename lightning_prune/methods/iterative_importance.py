@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -25,7 +25,9 @@ from lightning_prune.errors import NonFiniteScore
 from lightning_prune.graph.flow import Call, Flow
 from lightning_prune.graph.groups import Group
 from lightning_prune.pruner import NotYet, Paper, one_of
+from lightning_prune.rewind import SNAPSHOT
 from lightning_prune.schedule import Iterative
+from lightning_prune.state import Fields
 from lightning_prune.taps import Look, Seen, watching
 from lightning_prune.terms import ARGUMENTS
 from lightning_prune.weight_pruner import WeightPruner
@@ -198,6 +200,13 @@ class IterativeImportance(WeightPruner):
     """
 
     paper = Paper("Dekhovich et al.", 2024, "https://arxiv.org/abs/2109.10795")
+    own_fields: ClassVar[Fields] = {
+        "initial": (SNAPSHOT, None),
+        "dense_metric": float | None,
+        "metric": list[float] | None,
+        "before": ({"state": SNAPSHOT, "masks": dict[str, Tensor], "step": int}, None),
+        "stopped": bool,
+    }
     needs = "calibration data"
     default_schedule = Iterative(start=0.1, end=0.7, events=10)
     default_scope = "global"

@@ -21,8 +21,9 @@ from typing_extensions import override
 
 from lightning_prune.budget import Budget
 from lightning_prune.pruner import Paper, Pruner, one_of, zero_copies
-from lightning_prune.rewind import positions, run_schedulers
+from lightning_prune.rewind import SNAPSHOT, positions, run_schedulers
 from lightning_prune.schedule import Rounds, Schedule
+from lightning_prune.state import Fields
 from lightning_prune.weight_pruner import WeightPruner
 
 DROP = 0.2
@@ -119,6 +120,13 @@ class LotteryTicket(WeightPruner):
     """
 
     paper = Paper("Frankle and Carbin", 2019, "https://arxiv.org/abs/1803.03635")
+    own_fields: ClassVar[Fields] = {
+        "snapshots": {"rewind?": SNAPSHOT, "start?": SNAPSHOT},
+        "rewind_step": int,
+        "rewinds": int,
+        "phase_start": int,
+        "positions": list[tuple[str, int]],
+    }
     default_schedule = Rounds()
     default_scope: ClassVar[Literal["global", "layer"]] = "global"
     alters_training = True  # by running schedulers faster

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -22,13 +22,14 @@ from lightning_prune.absorb import Absorbed
 from lightning_prune.budget import Budget
 from lightning_prune.checkpoint import copies
 from lightning_prune.dead import DeadUnits, find_dead, joined, silent_constants, weaker_half, without
-from lightning_prune.errors import NonFiniteScore, UnmeetableBudget
+from lightning_prune.errors import UnmeetableBudget
 from lightning_prune.graph.flow import Flow
 from lightning_prune.ignore import matching
 from lightning_prune.pruner import Paper, one_of
 from lightning_prune.ranking import rank_weights, top_mask
 from lightning_prune.schedule import Gradual, OneShot
 from lightning_prune.sensitivity import deviations
+from lightning_prune.state import Fields
 from lightning_prune.weight_pruner import WeightPruner
 
 
@@ -112,8 +113,10 @@ class Magnitude(WeightPruner):
     """
 
     paper = Paper("Han et al.", 2015, "https://arxiv.org/abs/1506.02626")
+    own_fields: ClassVar[Fields] = {"quality_factor": float | None, "dead": int, "dropouts": dict[str, float]}
     default_schedule = Gradual(start=0.1, end=0.7, events=20)
     default_scope = "layer"
+    _against_empty = "raise keep, or lower quality="
 
     def __init__(
         self,
@@ -248,15 +251,12 @@ class Magnitude(WeightPruner):
 
     @override
     def select(self, scores: Mapping[str, Tensor], allowance: float, price: Mapping[str, float]) -> dict[str, Tensor]:
-        _refuse_not_finite(scores)
         masks = self._chosen(scores, allowance, price)
         if self.remove_dead:
             masks = self._without_dead(scores, masks, allowance, price)
         if self._by_quality and self.quality is None:
             kept = [score[masks[name]].min() for name, score in scores.items() if bool(masks[name].any())]
             self._quality_factor = float(min(kept)) if kept else None
-        if empty := [name for name, mask in masks.items() if not bool(mask.any())] if self.quality is not None else []:
-            rank_zero_warn(f"Magnitude: no weight of {', '.join(empty)} is above its threshold; lower quality=")
         return masks
 
     def _chosen(self, scores: Mapping[str, Tensor], allowance: float, price: Mapping[str, float]) -> dict[str, Tensor]:
@@ -396,12 +396,6 @@ def _factors(quality: Any) -> Mapping[str, Any]:
     if quality is None:
         return {}
     return quality if isinstance(quality, Mapping) else {"": quality}
-
-
-def _refuse_not_finite(scores: Mapping[str, Tensor]) -> None:
-    for name, score in scores.items():
-        if bool((score.isnan() | score.isposinf()).any()):
-            raise NonFiniteScore(f"weights of {name!r} are NaN or infinite; look at the loss before this event")
 
 
 def _finite(score: Tensor) -> int:

@@ -22,6 +22,7 @@ from lightning_prune.errors import NonFiniteScore
 from lightning_prune.pruner import NotYet, Paper, one_of
 from lightning_prune.ranking import check_finite, top_mask
 from lightning_prune.schedule import OneShot, Schedule, Updates
+from lightning_prune.state import Fields
 from lightning_prune.weight_pruner import WeightPruner
 
 Grow = Literal["gradient", "random", "none"]
@@ -104,6 +105,7 @@ class RigL(WeightPruner):
     """
 
     paper = Paper("Evci et al.", 2020, "https://arxiv.org/abs/1911.11134")
+    own_fields: ClassVar[Fields] = {"spent": float, "revised_at": int}
     needs = "gradients of training"
     default_schedule: ClassVar[Schedule] = Updates(every=100, start=0.0, end=0.75, least=21)
     default_scope = "layer"

@@ -106,6 +106,7 @@ class SNIP(WeightPruner):
     needs = "calibration data"
     default_schedule = OneShot(0.0)
     default_scope = "global"
+    _against_empty = "raise keep, give min_keep_per_layer="
 
     def __init__(
         self,
@@ -238,10 +239,4 @@ class SNIP(WeightPruner):
     def select(self, scores: Mapping[str, Tensor], allowance: float, price: Mapping[str, float]) -> dict[str, Tensor]:
         held = {name: top_mask(s, min(self.min_keep_per_layer, s.numel())) for name, s in scores.items()}
         first = {name: score + 2.0 * held[name] for name, score in scores.items()}  # no score is above 1
-        masks = super().select(first, allowance, price)
-        if empty := [name for name, mask in masks.items() if not mask.any()]:
-            rank_zero_warn(
-                f"SNIP leaves no weight of {', '.join(empty[:3])}{' and others' if len(empty) > 3 else ''}, so that "
-                "nothing flows through; raise keep, give min_keep_per_layer=, or list layers in ignore="
-            )
-        return masks
+        return super().select(first, allowance, price)

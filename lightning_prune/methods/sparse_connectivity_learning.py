@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -19,8 +19,10 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_prune.budget import Budget
+from lightning_prune.errors import NonFiniteScore
 from lightning_prune.pruner import Paper, one_of
 from lightning_prune.schedule import OneShot
+from lightning_prune.state import Fields
 from lightning_prune.weight_pruner import WeightPruner
 
 AtBudget = Literal["release", "press", "freeze"]
@@ -122,6 +124,7 @@ class SparseConnectivityLearning(WeightPruner):
     """
 
     paper = Paper("Tang et al.", 2022, "https://arxiv.org/abs/2201.05020")
+    own_fields: ClassVar[Fields] = {"learned": list[str], "met": bool}
     needs = "gradients of training"
     default_schedule = OneShot(0.85)
     first_step = 1
@@ -151,6 +154,7 @@ class SparseConnectivityLearning(WeightPruner):
         self._features: dict[str, int] = {}  # parameter -> dim of its output channels
         self._learned: set[str] = set()  # parameters that had a gradient
         self._met = False  # no more is on than the budget allows
+        self._left_out = 0  # steps with a gradient that was not finite
 
     def _check(self) -> None:
         for name, value, allowed in (
@@ -173,7 +177,7 @@ class SparseConnectivityLearning(WeightPruner):
 
     @override
     def initialise(self) -> None:
-        self._learned = set()
+        self._learned, self._left_out = set(), 0
         if self.budget.keep < 1 or self.as_learned:
             self._begin()
             self.kept["mask"] = {name: self._variables(name, weight) for name, weight in self.weights.items()}
@@ -218,7 +222,10 @@ class SparseConnectivityLearning(WeightPruner):
     @override
     def before_step(self, optimizer: Optimizer, held: Mapping[str, nn.Parameter]) -> None:
         gradients = {name: p.grad for name, p in held.items() if p.grad is not None}
-        if not self._learning or not _finite(gradients.values()):  # 16-bit precision leaves such a step out
+        if not self._learning:
+            return
+        if not _finite(gradients.values()):  # 16-bit precision leaves such a step out
+            self._left_out += 1
             return
         rate, pressures = self._rate(), self._pressures()
         for name, variables in self.kept["mask"].items():
@@ -268,6 +275,9 @@ class SparseConnectivityLearning(WeightPruner):
             value = self.weights[name] + parked[name]
             torch.mul(value, mask.to(value.dtype), out=self.weights[name])  # many times faster than filling
             parked[name] = value.sub_(self.weights[name])
+            if not value.sum().isfinite():  # NaN - NaN is NaN: it would stay for good, and spoil mask variables
+                self.weights[name].masked_fill_(~mask, 0)
+                value.masked_fill_(mask | ~value.isfinite(), 0)
 
     def _affordable(self) -> bool:
         """Whether what is on fits the budget."""
@@ -279,7 +289,13 @@ class SparseConnectivityLearning(WeightPruner):
     def scores(self, weights: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
         if "mask" not in self.kept:  # all of it is to be kept
             return {name: torch.zeros_like(weight) for name, weight in weights.items()}
-        if untouched := sorted(weights.keys() - self._learned):
+        untouched = sorted(weights.keys() - self._learned)
+        if untouched and self._left_out:
+            raise NonFiniteScore(
+                f"SparseConnectivityLearning has learned nothing of {untouched[0]!r}: in {self._left_out} steps a "
+                "gradient was NaN or infinite; look at the loss"
+            )
+        if untouched:
             raise RuntimeError(
                 f"SparseConnectivityLearning: {untouched[0]!r}"
                 f"{f' and {len(untouched) - 1} more' if len(untouched) > 1 else ''} had no gradient before the "

@@ -26,6 +26,7 @@ from lightning_prune.batches import samples_in
 from lightning_prune.budget import Budget
 from lightning_prune.channel_pruner import ChannelPruner
 from lightning_prune.curvature import (
+    CURVATURE,
     Factors,
     RunningFactors,
     Spectrum,
@@ -39,6 +40,7 @@ from lightning_prune.graph.views import LayerView
 from lightning_prune.pruner import Paper, named
 from lightning_prune.ranking import top_mask
 from lightning_prune.schedule import Gradual, Schedule
+from lightning_prune.state import Fields
 
 _PARTS = (0.5, 0.25, 0.125, 0.0)  # what an event does of its part when trials of more went wrong
 _SUMS = frozenset(["add", "add_", "__add__", "__radd__", "__iadd__", "sub", "sub_", "__sub__", "__rsub__", "__isub__"])
@@ -102,6 +104,7 @@ class Spectral(ChannelPruner):
     """
 
     paper = Paper("Ebrahimi and Klabjan", 2021, "https://arxiv.org/abs/2111.08577")
+    own_fields: ClassVar[Fields] = {"radii": dict[str, float], "curvature": CURVATURE}
     needs = "gradients of training"
     default_schedule: ClassVar[Schedule] = Gradual(start=0.1, end=0.7)
     default_scope = "global"

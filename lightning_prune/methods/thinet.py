@@ -14,7 +14,6 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -221,9 +220,10 @@ class ThiNet(ChannelPruner):
                 scale = torch.ones(group.size, dtype=torch.float64)
                 scale[mask] = rescaling(grams[consumer.weight], mask)
                 if (change := float((scale - 1).abs().max())) > _LARGE:
-                    rank_zero_warn(
+                    self.warn_once(
+                        f"scale of {consumer.name}",
                         f"ThiNet changes the scale of what {consumer.name!r} reads of {name!r} by up to {change:.0f}: "
-                        "channels say nearly the same, or there is too little calibration data"
+                        "channels say nearly the same, or there is too little calibration data",
                     )
                 size = self.graph.shapes[consumer.weight][consumer.dim]
                 of_weight = factors.setdefault(consumer.weight, {})
@@ -295,9 +295,10 @@ class ThiNet(ChannelPruner):
             )
         rows, widest = self.rows * samples, max(group.size for group in groups)
         if rows < _ENOUGH * widest:
-            rank_zero_warn(
+            self.warn_once(
+                "rows",
                 f"ThiNet looks at {rows} rows to scale {widest} channels by, and wants {_ENOUGH} for each; give it "
-                "more calibration data, or raise rows="
+                "more calibration data, or raise rows=",
             )
 
     def _due(self) -> list[str]:

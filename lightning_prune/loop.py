@@ -1,0 +1,65 @@
+"""What a Trainer's loop is going to do: how many optimizer steps there will be, and what it has compiled."""
+
+from __future__ import annotations
+
+import math
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
+from torch import nn
+
+
+def expected_steps(trainer: pl.Trainer) -> tuple[int | None, int | None]:
+    """Optimizer steps of a whole fit and of one of its epochs, once training starts.
+
+    A step is a batch after which an optimizer stepped, be it one of several. Lightning's own estimate knows neither of
+    accumulation that changes from epoch to epoch nor of the epoch without steps that stochastic weight averaging adds,
+    and takes ``max_steps`` for batches where several optimizers count towards it.
+
+    Returns:
+        Steps of the fit, None if it has no end by then; steps of an epoch, None if epochs have no known length or
+        differ in it.
+    """
+    most = None if trainer.max_steps == -1 else trainer.max_steps
+    if most is not None and not trainer.lightning_module.automatic_optimization:
+        most //= max(1, len(trainer.optimizers))  # global_step counts each of them
+    batches, epochs = trainer.num_training_batches, trainer.max_epochs
+    factors = _accumulations(trainer)
+    per_epoch = None if math.isinf(batches) or len(set(factors)) > 1 else math.ceil(batches / factors[0])
+    if math.isinf(batches) or epochs is None or epochs == -1:
+        return most, per_epoch
+    epochs = max(1, min([epochs, *_asked_for(trainer)]))
+    total = sum(math.ceil(batches / factor) for factor in factors[:epochs])
+    total += math.ceil(batches / factors[-1]) * max(0, epochs - len(factors))
+    return (total if most is None else min(total, most)), per_epoch
+
+
+def _accumulations(trainer: pl.Trainer) -> list[int]:
+    """Batches to a step, epoch by epoch up to the last change; one entry if it never changes."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, GradientAccumulationScheduler):
+            return [callback.get_accumulate_grad_batches(epoch) for epoch in range(max(callback.epochs) + 1)]
+    return [trainer.accumulate_grad_batches]
+
+
+def _asked_for(trainer: pl.Trainer) -> list[int]:
+    """Epochs that were asked for, where averaging has added one that only renews the statistics of norms."""
+    averaging = [c for c in trainer.callbacks if isinstance(c, StochasticWeightAveraging)]  # type: ignore[attr-defined]
+    return [callback._max_epochs for callback in averaging if callback._max_epochs != -1]
+
+
+def forget_compiled(model: nn.Module) -> None:
+    """Drop what was compiled for shapes that are gone.
+
+    Of each function torch keeps eight versions and compiles no more after that, or stops with an error where it may
+    not fall back; a fit may well cut more often.
+    """
+    if any(_is_compiled(module) for module in model.modules()):
+        torch.compiler.reset()
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    own = (vars(module).get(name) for name in ("forward", "training_step"))
+    wrapped = any(hasattr(function, "_torchdynamo_orig_callable") for function in own)
+    return wrapped or type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
