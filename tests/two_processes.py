@@ -1,6 +1,6 @@
-"""Fits of every method, in one process or in two; what came of them goes into a file per process.
+"""Fits of every method, in one process or in several; what came of them goes into a file per process.
 
-python -m tests.two_processes FOLDER
+python -m tests.two_processes FOLDER [PROCESSES [METHOD ...]]
 """
 
 import hashlib
@@ -52,8 +52,28 @@ def trainer(processes: int, callback: pl.Callback, folder: Path, distribute: boo
     )  # fmt: skip
 
 
-def look(name: str, processes: int, folder: Path) -> dict[str, Any]:
-    """Scores and plan of one event, after an epoch of four steps, each with sixteen samples of all processes."""
+class Plans(pl.Callback):
+    """Notes the plan after each event of a method."""
+
+    def __init__(self, pruner: pl.Callback) -> None:
+        self.pruner, self.digests = pruner, []
+
+    def on_train_start(self, *_: Any) -> None:
+        self.note()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.note()
+
+    def note(self) -> None:
+        if self.pruner.events_done > len(self.digests):
+            self.digests += [self.pruner.plan.digest()] * (self.pruner.events_done - len(self.digests))
+
+
+def look(name: str, processes: int, folder: Path, batch_size: int = 7) -> dict[str, Any]:
+    """Scores and plan of one event, after an epoch of four steps, each with sixteen samples of all processes.
+
+    Data for calibration comes in batches of seven, the last of which is a single sample: processes get unlike shares.
+    """
     cls = discover()[name]
     scores: dict[str, list[float]] = {}
 
@@ -65,7 +85,7 @@ def look(name: str, processes: int, folder: Path) -> dict[str, Any]:
 
     Spy.__name__ = name  # the seeds of a method depend on it
     pl.seed_everything(1, verbose=False)
-    pruner = Spy(KEEP[cls.kind], schedule=OneShot(4, unit="step"), calibration=samples(8))
+    pruner = Spy(KEEP[cls.kind], schedule=OneShot(4, unit="step"), calibration=samples(batch_size))
     net = Still(width=4)
     for module in net.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -81,20 +101,25 @@ def train(name: str, processes: int, folder: Path) -> dict[str, Any]:
     pl.seed_everything(0, verbose=False)
     pruner = cls(KEEP[cls.kind])
     fit, net = trainer(processes, pruner, folder), DigitsNet(width=4)
+    fit.callbacks.append(plans := Plans(pruner))
     fit.fit(net, DigitsData(batch_size=128, seed=0))
     weights = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in net.parameters())).hexdigest()
     kept = float(fit.callback_metrics["prune/density"]) if cls.kind == "weights" else pruner.report.flops_kept
-    return {"weights": weights, "plan": pruner.plan.digest(), "events": pruner.events_done, "kept": kept}
+    return {"weights": weights, "plans": plans.digests, "events": pruner.events_done, "kept": kept}
 
 
 def main() -> None:
-    """Two processes fit every method in turn."""
+    """So many processes fit every method in turn; each also looks at data that is not enough for all of them."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    folder = Path(sys.argv[1])
+    folder, processes, names = Path(sys.argv[1]), int((sys.argv[2:3] or ["2"])[0]), sys.argv[3:] or METHODS
     rows: dict[str, Any] = {}
-    for name in METHODS:
-        rows[name] = {"look": look(name, 2, folder), "train": train(name, 2, folder)}
+    for name in names:
+        rows[name] = {
+            "look": look(name, processes, folder),
+            "few": look(name, processes, folder, 64),
+            "train": train(name, processes, folder),
+        }
         (folder / f"{torch.distributed.get_rank()}.json").write_text(json.dumps(rows))
 
 
