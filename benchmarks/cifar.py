@@ -1,18 +1,23 @@
-"""A trained CIFAR ResNet-20 pruned to half its flops: accuracy before, right after the cut, and after fine-tuning.
+"""A trained CIFAR ResNet pruned to half its flops: accuracy before, right after the cut, and after fine-tuning.
 
     python benchmarks/cifar.py --images cifar10_jpeg.npz --weights resnet20_jpeg.pt [--methods TaylorWeight L1Filter]
-        [--epochs 2] [--keep 0.5] --out FILE.csv
+        [--depth 20] [--epochs 2] [--keep 0.5] [--plans DIR] --out FILE.csv
 
 The images are CIFAR-10 as JPEG files in one npz (``<split>_jpeg``, ``<split>_offsets``, ``<split>_labels``); the
 weights a ``{"state_dict": ...}`` of He et al.'s net. All cut in one event: at the start, but those that learn while
 the network trains after ``--gather`` steps, with a learning rate of zero until then, so that the cut alone is seen.
-Rows are appended; runs already in the file are not repeated. Augmentation: 4-pixel pad and crop (one offset a batch),
-flip. SGD, Nesterov 0.9, weight decay 5e-4, the rate falling linearly from 0.01 to zero, batch 128.
+Methods that are none of ours: ``dense``, fine-tuned and not cut; ``Torch-Pruning``, its group-norm pruner at the same
+flops, without the training that it may have before; ``Scratch-E:NAME`` and ``Scratch-B:NAME``, what NAME left (its plan
+is in ``--plans``), from new weights, for as many epochs as the fine-tuning had or up to twice as many, with a learning
+rate of ``--scratch-lr``. Rows are appended; runs already in the file are not repeated. Augmentation: 4-pixel pad and
+crop (one offset a batch), flip. SGD, Nesterov 0.9, weight decay 5e-4, the rate falling linearly from 0.01 to zero,
+batch 128.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import io
 import time
@@ -35,8 +40,8 @@ from lightning_prune.report import markdown_table
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FIELDS = [
-    "method", "keep", "seed", "epochs", "dense", "after cut", "fine-tuned", "flops kept", "params kept", "fit s",
-    "threads",
+    "depth", "method", "keep", "seed", "epochs", "dense", "after cut", "fine-tuned", "flops kept", "params kept",
+    "fit s", "threads",
 ]  # fmt: skip
 
 
@@ -63,11 +68,11 @@ def normalised(x: Tensor) -> Tensor:
 
 
 class Net(pl.LightningModule):
-    """ResNet-20 with fine-tuning; the rate is zero for the first ``hold`` steps."""
+    """A ResNet with fine-tuning; the rate is zero for the first ``hold`` steps."""
 
-    def __init__(self, state: dict[str, Tensor], steps: int, hold: int, lr: float = 0.01) -> None:
+    def __init__(self, state: dict[str, Tensor], steps: int, hold: int, lr: float = 0.01, depth: int = 20) -> None:
         super().__init__()
-        self.net = CifarResNet(20)
+        self.net = CifarResNet(depth)
         self.net.load_state_dict(state)
         self.example_input_array = torch.zeros(1, 3, 32, 32)
         self.steps, self.hold, self.lr = steps, hold, lr
@@ -127,35 +132,79 @@ class AfterCut(pl.Callback):
         self._look(pl_module)
 
 
+def grouped_norm(net: CifarResNet, keep: float) -> None:
+    """Cut by Torch-Pruning's group-norm pruner, one common ratio, bisected for the flops that may be kept."""
+    import torch_pruning as tp
+
+    example = torch.zeros(1, 3, 32, 32)
+    dense, _ = tp.utils.count_ops_and_params(net, example)
+    low, high, best = 0.0, 1.0, None
+    for _ in range(10):
+        ratio = (low + high) / 2
+        trial = copy.deepcopy(net)
+        pruner = tp.pruner.GroupNormPruner(
+            trial, example, importance=tp.importance.GroupNormImportance(p=2), pruning_ratio=ratio,
+            ignored_layers=[trial.linear],
+        )  # fmt: skip
+        pruner.step()
+        flops, _ = tp.utils.count_ops_and_params(trial, example)
+        if flops <= keep * dense:
+            high, best = ratio, trial
+        else:
+            low = ratio
+    assert best is not None
+    vars(net).update(vars(best))
+
+
 def run(name: str, options: argparse.Namespace, data: dict[str, tuple[Tensor, Tensor]]) -> dict[str, object]:
-    """One method: test, cut, test, fine-tune, test."""
+    """One row: test, cut, test, fine-tune, test."""
     pl.seed_everything(options.seed, verbose=False)
     state = torch.load(options.weights, weights_only=True)["state_dict"]
-    cls = find(name)
-    hold = options.gather if cls.needs.endswith("of training") else 0
-    pruner = cls(lp.Budget(options.keep), schedule=lp.OneShot(hold, unit="step"))
     loader = DataLoader(TensorDataset(*data["train"]), batch_size=128, shuffle=True, drop_last=True)
-    net = Net(state, len(loader) * options.epochs, hold)
+    epochs, lr, hold, pruner, source = options.epochs, 0.01, 0, None, Path()
+    whole = Net(state, 1, 0, depth=options.depth)
+    dense_cost = lp.count(whole, whole.example_input_array)
+    if name.startswith("Scratch-"):
+        source, lr = options.plans / f"{name.partition(':')[2]}.json", options.scratch_lr
+        pruner = lp.Scratch(source)
+        if name.startswith("Scratch-B"):
+            left = lp.trace(whole, whole.example_input_array).cost(lp.Plan.load(source))
+            epochs = lp.scratch_epochs(epochs, dense_cost.flops, left.flops)
+    elif name not in ("dense", "Torch-Pruning"):
+        cls = find(name)
+        hold = options.gather if cls.needs.endswith("of training") else 0
+        pruner = cls(lp.Budget(options.keep), schedule=lp.OneShot(hold, unit="step"))  # type: ignore[call-arg]
+    net = Net(state, len(loader) * epochs, hold, lr, options.depth)
     dense = accuracy(net, *data["test"])
-    probe = AfterCut(pruner, *data["test"])
+    if name == "Torch-Pruning":
+        grouped_norm(net.net, options.keep)
+    probe = None if pruner is None else AfterCut(pruner, *data["test"])
+    found = accuracy(net, *data["test"]) if name == "Torch-Pruning" else dense
     trainer = pl.Trainer(
-        max_epochs=options.epochs, accelerator="cpu", logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, callbacks=[pruner, probe],
+        max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[] if pruner is None or probe is None else [pruner, probe],
     )  # fmt: skip
     start = time.perf_counter()
     trainer.fit(net, loader)
-    seconds = time.perf_counter() - start - probe.seconds
-    assert probe.found is not None
+    seconds = time.perf_counter() - start - (0.0 if probe is None else probe.seconds)
+    if pruner is not None and probe is not None:
+        assert probe.found is not None
+        found = probe.found
+        if options.plans is not None and not source.name:
+            options.plans.mkdir(parents=True, exist_ok=True)
+            pruner.plan.save(options.plans / f"{name}.json")
+    cost = lp.count(net, net.example_input_array)
     return {
+        "depth": options.depth,
         "method": name,
         "keep": options.keep,
         "seed": options.seed,
-        "epochs": options.epochs,
+        "epochs": epochs,
         "dense": round(dense, 4),
-        "after cut": round(probe.found, 4),
+        "after cut": round(found, 4),
         "fine-tuned": round(accuracy(net, *data["test"]), 4),
-        "flops kept": round(pruner.report.flops_kept, 4),
-        "params kept": round(pruner.report.params_kept, 4),
+        "flops kept": round(cost.flops / dense_cost.flops, 4),
+        "params kept": round(cost.params / dense_cost.params, 4),
         "fit s": round(seconds),
         "threads": torch.get_num_threads(),
     }
@@ -169,6 +218,9 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, help="where decoded images are kept")
     channels = [name for name, cls in discover().items() if cls.kind == "channels"]
     parser.add_argument("--methods", nargs="*", default=channels)
+    parser.add_argument("--depth", type=int, default=20, choices=(20, 56))
+    parser.add_argument("--plans", type=Path, help="where plans are written and read")
+    parser.add_argument("--scratch-lr", type=float, default=0.05)
     parser.add_argument("--keep", type=float, default=0.5)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--gather", type=int, default=50)
@@ -182,8 +234,10 @@ def main() -> None:
         if not rows:
             writer.writeheader()
         for name in options.methods:
-            wanted = (name, str(options.keep), str(options.seed), str(options.epochs))
-            if any((r["method"], r["keep"], r["seed"], r["epochs"]) == wanted for r in rows):
+            wanted = (str(options.depth), name, str(options.keep), str(options.seed))
+            mine = [r for r in rows if (r["depth"], r["method"], r["keep"], r["seed"]) == wanted]
+            longer = name.startswith("Scratch-B")  # has epochs of its own
+            if any(longer or r["epochs"] == str(options.epochs) for r in mine):
                 continue
             row = run(name, options, data)
             rows.append({key: str(value) for key, value in row.items()})
