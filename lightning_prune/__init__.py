@@ -25,6 +25,7 @@ from lightning_prune.methods.network_slimming import NetworkSlimming
 from lightning_prune.methods.nisp import NISP
 from lightning_prune.methods.random import RandomChannels, RandomWeights
 from lightning_prune.methods.rigl import RigL
+from lightning_prune.methods.scratch import Scratch, scratch_epochs
 from lightning_prune.methods.snip import SNIP
 from lightning_prune.methods.sosp import SOSP
 from lightning_prune.methods.sparse_connectivity_learning import SparseConnectivityLearning
@@ -82,6 +83,7 @@ __all__ = [
     "RigL",
     "Rounds",
     "Schedule",
+    "Scratch",
     "Sensitivity",
     "SparseConnectivityLearning",
     "Spectral",
@@ -102,6 +104,7 @@ __all__ = [
     "rank_correlation",
     "redundancy",
     "remove_dead",
+    "scratch_epochs",
     "sensitivity",
     "trace",
     "widen",

@@ -11,12 +11,13 @@ from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_prune import checkpoint as _checkpoint
-from lightning_prune import figures, surgery
+from lightning_prune import surgery
 from lightning_prune.absorb import Absorbed, checked, for_cut
 from lightning_prune.batches import own_precision
 from lightning_prune.budget import Budget
@@ -27,6 +28,7 @@ from lightning_prune.errors import IncompatibleCheckpoint, NonFiniteScore, Nothi
 from lightning_prune.graph.groups import ChannelGraph, Group
 from lightning_prune.graph.views import LayerView
 from lightning_prune.ignore import matching
+from lightning_prune.latency_table import STEPS, LatencyTable, Prediction, latency_table, measured_ms, unpaid
 from lightning_prune.loop import forget_compiled
 from lightning_prune.masks import Masks
 from lightning_prune.optimizers import clear
@@ -49,7 +51,7 @@ class ChannelPruner(Pruner):
     It says how good each channel is: `measure` per batch and `score` per layer, or `scores` for the whole model.
 
     Args:
-        budget: fraction of the dense flops (or params, or units) that may be kept; met from below.
+        budget: fraction of the dense flops (or params, units, or latency) that may be kept; met from below.
         apply: "cut" shrinks the network; "mask" holds channels at zero, shapes stay.
         round_to: channel counts become multiples of it where the group allows.
         min_channels: fewest channels a group keeps.
@@ -58,6 +60,8 @@ class ChannelPruner(Pruner):
         verify: prove the "first" cut of each group, "always", or "never".
         absorb: add the constants of channels that go to what their readers make; a number takes near-constant channels
             as well, up to that tolerance (see `lightning_prune.absorb`), for which ``example_input`` has to be data.
+        latency_table: a `lightning_prune.latency_table.LatencyTable`, or the path of one that was saved, to predict the
+            time by; with a budget of latency and without one it is made before the first step, for batch 1.
         **shared: see `Pruner`.
     """
 
@@ -68,6 +72,7 @@ class ChannelPruner(Pruner):
         "apply?": str,
         "alive": dict[str, Tensor],
         "statistics?": STATE,
+        "latency?": {"table": dict[str, Any], "measured_ms": float | None},
     }
     default_scope: ClassVar[Scope] = "global"
     looks_at: ClassVar[Spot] = "weights"
@@ -84,6 +89,7 @@ class ChannelPruner(Pruner):
         keep: Mapping[str, float] | None = None,
         verify: Verify = "first",
         absorb: bool | float = True,
+        latency_table: Any = None,
         **shared: Any,
     ) -> None:
         super().__init__(budget, **shared)
@@ -105,6 +111,10 @@ class ChannelPruner(Pruner):
         self.keep = dict(keep or {})
         self.verify = verify
         self.absorb = absorb if isinstance(absorb, bool) else checked(absorb)
+        self.latency_table = latency_table
+        self._table = None if latency_table is None else LatencyTable.of_any(latency_table)
+        self._prediction: Prediction | None = None
+        self._measured_ms: float | None = None
         self._statistics: Statistics | None = None
         self._views: dict[str, list[LayerView]] = {}
         self._anchors: dict[str, int] = {}
@@ -282,6 +292,7 @@ class ChannelPruner(Pruner):
         self._dense_sizes = {g.name: self._plan.groups.get(g.name, (0, g.size))[1] for g in self._groups}
         self._alive = {g.name: alive.get(g.name, torch.ones(g.size, dtype=torch.bool)) for g in self._groups}
         self._total_units = sum(self._dense_sizes.values()) + sum(self._plan.groups[name][1] for name in self._spent)
+        self._prepare_latency(state.get("latency"))
         self._seen = surgery.applied(model)
         self._look(model)
         if "statistics" in state and self._statistics is not None:
@@ -292,6 +303,39 @@ class ChannelPruner(Pruner):
             self._masks = Masks(named(model, masks), masks)
             self._masks.zero()
         self._check_reachable()
+
+    def _prepare_latency(self, saved: Mapping[str, Any] | None) -> None:
+        """The table of a fit that goes on is the one it began with; all processes have that of the first."""
+        self._prediction, self._measured_ms = None, None
+        if saved is not None:
+            with reading(f"the latency table of {type(self).__name__}"):
+                self._table = LatencyTable.from_dict(saved["table"])
+            self._measured_ms = saved["measured_ms"]
+        elif self.latency_table is not None:
+            self._table = LatencyTable.of_any(self.latency_table)
+        elif self.budget.of == "latency":
+            with own_precision(self.graph.model):
+                mine = latency_table(self.graph).to_dict() if self._is_first else None
+            self._table = LatencyTable.from_dict(self.same(mine))
+        if self._table is not None:
+            self._table.on(self.graph)
+
+    @property
+    def _is_first(self) -> bool:
+        trainer = None if self._at_event is None else self._at_event[0]
+        return trainer is None or trainer.is_global_zero
+
+    @property
+    def table(self) -> LatencyTable | None:
+        """Measured times that a budget of latency is solved by; None before a fit, and without such a budget."""
+        return self._table
+
+    def _predicted_ms(self, counts: Any) -> float:
+        """Milliseconds for (G,) channels kept per group of the graph as it is now."""
+        assert self._table is not None
+        if self._prediction is None or self._prediction.graph is not self.graph:
+            self._prediction = self._table.on(self.graph)
+        return self._prediction.milliseconds(counts)
 
     def _check_alive(self, alive: Mapping[str, Tensor]) -> None:
         """Refuse what a checkpoint says of groups that are not so."""
@@ -422,11 +466,16 @@ class ChannelPruner(Pruner):
         if self.budget.of == "units":
             return len(self._spent) + sum(counts.get(name, int(mask.sum())) for name, mask in self._alive.items())
         costs, kept = self.graph.costs, self._counts(counts)
+        if self.budget.of == "latency":
+            return round(1e6 * self._predicted_ms(kept))  # whole nanoseconds
         return int(costs.flop_terms(kept).sum()) if self.budget.of == "flops" else costs.params(kept)
 
     def _dense_measure(self) -> int:
         assert self._dense_cost is not None
         of = self.budget.of
+        if of == "latency":
+            assert self._table is not None
+            return round(1e6 * self._table.dense_ms)
         return (
             self._total_units if of == "units" else self._dense_cost.flops if of == "flops" else self._dense_cost.params
         )
@@ -473,7 +522,42 @@ class ChannelPruner(Pruner):
         scores = self._score_all()
         check_finite(scores)
         keep = self._choose(scores, self._budget_at(progress))
-        return self._apply(trainer, model, keep, scores, progress)
+        if self._table is not None:
+            self._warn_unpaid(keep)
+        changed = self._apply(trainer, model, keep, scores, progress)
+        if self._table is not None and progress == 1 and self.cuts:
+            self._compare_latency()
+        return changed
+
+    def _warn_unpaid(self, keep: Mapping[str, Tensor]) -> None:
+        """Name groups whose channel counts lie just where more of them would take no longer."""
+        counts = self._counts({name: int(mask.sum()) for name, mask in keep.items()})
+        self._predicted_ms(counts)
+        assert self._prediction is not None
+        if found := unpaid(self._prediction, counts):
+            first = ", ".join(f"{name} {n} instead of {more}" for name, (n, more) in list(found.items())[:4])
+            step = max(step for step in STEPS if any(more % step == 0 for _, more in found.values()))
+            self.warn_once(
+                "unpaid",
+                f"{type(self).__name__}: the cut of {len(found)} of {len(counts)} groups does not pay ({self._table}): "
+                f"{first} channels take as long; round_to={step} keeps to counts that do pay",
+            )
+
+    def _compare_latency(self) -> None:
+        """Time the network as it is, by the first process, and say it beside the prediction."""
+        table, graph = self._table, self.graph
+        assert table is not None
+        predicted = self._predicted_ms(graph.costs.dense)
+        self._measured_ms = self.same(measured_ms(graph, table) if self._is_first else None)
+        if self._measured_ms is None:
+            rank_zero_info(
+                f"{type(self).__name__}: {predicted:.3f} ms predicted; the table is of another device ({table})"
+            )
+            return
+        rank_zero_info(
+            f"{type(self).__name__}: {predicted:.3f} ms predicted, {self._measured_ms:.3f} ms measured, "
+            f"{table.dense_ms:.3f} ms dense ({table})"
+        )
 
     def _score_all(self) -> dict[str, Tensor]:
         assert self._statistics is not None
@@ -522,6 +606,7 @@ class ChannelPruner(Pruner):
         progress: float,
     ) -> bool:
         assert self._statistics is not None
+        chosen = keep
         changed = any(not torch.equal(mask, self._alive[name]) for name, mask in keep.items())
         if self.apply == "mask":
             self._mask(trainer, model, keep)
@@ -529,7 +614,7 @@ class ChannelPruner(Pruner):
             keep = self._cut(trainer, model, keep, scores, progress)
         else:
             self._statistics.cut({name: torch.ones(len(m), dtype=torch.bool) for name, m in keep.items()})
-        self._log_scores(trainer, scores)
+        self._log_scores(trainer, scores, chosen)
         self.after_prune(keep)
         return changed
 
@@ -644,14 +729,14 @@ class ChannelPruner(Pruner):
             "prune/density": sum(kept.values()) / max(1, self._total_units),
             "prune/flops_sparse": float(cost.flops),
         }
+        if self._table is not None:
+            alive = {name: int(mask.sum()) for name, mask in self._alive.items()}
+            row["prune/latency_ms"] = self._predicted_ms(self._counts(alive))
+            row["prune/latency_kept"] = row["prune/latency_ms"] / self._table.dense_ms
+            if self._measured_ms is not None:
+                row["prune/latency_measured_ms"] = self._measured_ms
         row.update({f"prune/channels/{name}": float(n) for name, n in kept.items()})
         return row
-
-    def _log_scores(self, trainer: pl.Trainer, scores: Mapping[str, Tensor]) -> None:
-        if trainer.is_global_zero:
-            step = trainer.fit_loop.epoch_loop._batches_that_stepped
-            for name, score in scores.items():
-                figures.log_histogram(trainer.loggers, f"prune/score/{name}", score, step)
 
     @override
     def on_save_checkpoint(
@@ -672,6 +757,8 @@ class ChannelPruner(Pruner):
         statistics = self._saved_statistics if self._statistics is None else self._statistics.state_dict()
         if statistics is not None:
             state["statistics"] = statistics
+        if self._table is not None:
+            state["latency"] = {"table": self._table.to_dict(), "measured_ms": self._measured_ms}
         return state
 
     @override
@@ -680,7 +767,7 @@ class ChannelPruner(Pruner):
         self._stop_watching()
         if stage == "fit":
             self._saved_statistics = None if self._statistics is None else self._statistics.state_dict()
-            self._views, self._statistics, self._masks = {}, None, None
+            self._views, self._statistics, self._masks, self._prediction = {}, None, None, None
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

@@ -203,6 +203,53 @@ def load_pruned(cls: type[_M], path: str | Path, *, map_location: Any = None, **
         return cls.load_from_checkpoint(path, map_location=map_location, weights_only=True, **arguments)
 
 
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint, or a plain state dict, on the CPU and with ``weights_only``, so that nothing in it is run.
+
+    Returns:
+        The checkpoint; a state dict as the only entry of one.
+
+    Raises:
+        IncompatibleCheckpoint: if it is neither, or its end is missing.
+        FileNotFoundError: if there is no such file.
+    """
+    try:
+        with naming(path):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (PruneError, OSError):
+        raise
+    except Exception as error:  # what is in a file decides which of many errors torch gives
+        raise IncompatibleCheckpoint(
+            f"{path} could not be read as a checkpoint: {type(error).__name__}: {str(error).strip()[:300]}"
+        ) from error
+    if not isinstance(checkpoint, Mapping):
+        raise IncompatibleCheckpoint(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint or a state dict")
+    return dict(checkpoint) if "state_dict" in checkpoint else {"state_dict": dict(checkpoint)}
+
+
+def load_into(model: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Give a model the shapes and weights of a checkpoint, in place.
+
+    Args:
+        model: of the checkpoint's class, made with its arguments, dense or cut.
+        checkpoint: see `read_checkpoint`.
+
+    Raises:
+        IncompatibleCheckpoint: if the checkpoint is of another architecture.
+    """
+    take_shapes(model, checkpoint)
+    try:
+        if isinstance(model, pl.LightningModule):
+            model.on_load_checkpoint(checkpoint)
+        model.load_state_dict(checkpoint["state_dict"])
+    except PruneError:
+        raise
+    except Exception as error:
+        raise IncompatibleCheckpoint(
+            f"the checkpoint is not of a {type(model).__name__} made with these arguments: {str(error).strip()[:500]}"
+        ) from error
+
+
 @contextmanager
 def _refusing(path: str | Path, cls: type) -> Iterator[None]:
     """For the time of a load: what is in a file decides which of many errors Lightning and torch give."""

@@ -223,8 +223,8 @@ class Plan:
             previous: the plan that the tensors have been cut to; ``Plan()`` for the dense model.
 
         Returns:
-            Parameter or buffer name -> {dim: (n,) positions for ``index_select`` on the tensor as it is now}, only
-            where something goes.
+            By parameter or buffer name, where something goes only: ``{dim: (n,) positions}`` for ``index_select`` on
+            the tensor as it is now.
 
         Raises:
             ValueError: if this plan keeps an index that the earlier one has removed, or the dense shapes differ; the

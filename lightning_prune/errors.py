@@ -7,7 +7,8 @@
     ├── UnsafeCut                the proof of a cut failed; the model is as it was before
     ├── IncompatibleCheckpoint   the state belongs to another model
     ├── NonFiniteScore           NaN or infinity where a score was wanted
-    └── NoEvent                  the schedule has no event in this fit
+    ├── NoEvent                  the schedule has no event in this fit
+    └── UnequalExport            what was exported computes something else than the model
 
 A bad argument value is a ``ValueError``, a call at the wrong moment a ``RuntimeError``.
 """
@@ -43,3 +44,7 @@ class NonFiniteScore(PruneError):
 
 class NoEvent(PruneError):
     """The schedule has no event in this fit, so the method would do nothing."""
+
+
+class UnequalExport(PruneError):
+    """What was exported does not compute what the model does; it was not left behind."""

@@ -62,7 +62,7 @@ def architecture_figure(before: Mapping[str, int], after: Mapping[str, int]) -> 
         raise ValueError(f"before and after must name the same groups, only one of them has {differing}")
     rows = range(len(before))
     dense, kept = list(before.values()), [after[name] for name in before]
-    figure, axes = _axes(width=8.0, height=1.3 + 0.24 * max(len(before), 3))
+    figure, axes = _axes(width=6.4, height=1.3 + 0.24 * max(len(before), 3))  # loggers show pictures small
     axes.barh(rows, dense, height=0.74, color=PALE, label="dense")
     axes.barh(rows, kept, height=0.74, color=BLUE, label="kept")
     for row, of, count in zip(rows, dense, kept, strict=True):
@@ -83,12 +83,13 @@ def architecture_figure(before: Mapping[str, int], after: Mapping[str, int]) -> 
     return figure
 
 
-def curve_figure(rows: Sequence[Mapping[str, object]]) -> Figure:
+def curve_figure(rows: Sequence[Mapping[str, object]], until: float = 0.0) -> Figure:
     """Draw what was kept over the steps of a run, as fractions of the dense model, and mark the prune events.
 
     Args:
         rows: as logged, in order of time: ``step``, the number of events done as ``prune/event``, and any of
             ``prune/flops_kept``, ``prune/params_kept`` and ``prune/density``. Before the first row all are 1.
+        until: the step that the axis goes to at least, such as the last of the fit.
 
     Returns:
         A figure that pyplot does not know; nothing has to close it.
@@ -96,7 +97,7 @@ def curve_figure(rows: Sequence[Mapping[str, object]]) -> Figure:
     Raises:
         ValueError: if no row has a ``step`` and one of the three fractions.
     """
-    figure, axes = _axes(width=8.0, height=3.8)
+    figure, axes = _axes(width=6.4, height=3.4)
     events = _event_steps(rows)
     for step in events:
         axes.axvline(step, color="#BBBBBB", linewidth=0.9, zorder=1)
@@ -116,7 +117,7 @@ def curve_figure(rows: Sequence[Mapping[str, object]]) -> Figure:
     if events:
         axes.plot([], [], color="#BBBBBB", linewidth=0.9, label=f"prune events: {len(events)}")
     axes.set_ylim(0, 1.05)
-    axes.set_xlim(0, max(last_step, 1) * 1.03)  # an event on the last step is seen
+    axes.set_xlim(0, max(last_step, until, 1) * 1.03)  # an event on the last step is seen
     axes.grid(axis="y", color="#E6E6E6", linewidth=0.8)
     axes.set_xlabel("step")
     axes.set_ylabel("kept, of the dense model")

@@ -1,14 +1,18 @@
-"""Measured time per batch and throughput of a model, and the size of its state dict."""
+"""Measured time per batch and throughput of a model, its peak of activations, and the size of its state dict."""
 
 import io
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 Inputs = Any
 """A tensor, a tuple of positional inputs or a dict of keyword inputs, each nested as deep as the model wants."""
@@ -27,6 +31,7 @@ class Latency:
         repeats: number of timed runs.
         threads: CPU threads within an operator.
         device: where the model was, such as ``cpu`` or ``cuda:0``.
+        compiled: whether `torch.compile` had compiled it.
     """
 
     batch: int
@@ -37,6 +42,7 @@ class Latency:
     repeats: int
     threads: int
     device: str
+    compiled: bool = False
 
 
 def measure(
@@ -46,6 +52,7 @@ def measure(
     repeats: int = 20,
     warmup: int = 3,
     threads: int | None = None,
+    compiled: bool = False,
 ) -> list[Latency]:
     """Time a model's forward, in eval mode and without gradients.
 
@@ -57,14 +64,17 @@ def measure(
         repeats: timed runs, at least 1.
         warmup: runs before them that are not timed.
         threads: CPU threads within an operator; None leaves torch's setting.
+        compiled: time what `torch.compile` makes of it, compiled anew for each batch size before any warmup; the model
+            stays as it is.
 
     Returns:
         One entry per batch size, in that order.
 
     Raises:
         ValueError: if a count is below 1 (``warmup`` below 0), or an input has no sample to repeat.
+        RuntimeError: if ``compiled`` is asked for where nothing can be compiled; `compiler_missing` says why.
     """
-    return compare({"": model}, example_inputs, batch_sizes, repeats, warmup, threads)[""]
+    return compare({"": model}, example_inputs, batch_sizes, repeats, warmup, threads, compiled)[""]
 
 
 def compare(
@@ -74,6 +84,7 @@ def compare(
     repeats: int = 20,
     warmup: int = 3,
     threads: int | None = None,
+    compiled: bool = False,
 ) -> dict[str, list[Latency]]:
     """Time several models in turn, A B A B, so that a machine that slows down slows all of them.
 
@@ -84,22 +95,27 @@ def compare(
         repeats: timed runs of each model at each batch size.
         warmup: runs of each before them that are not timed.
         threads: CPU threads within an operator; None leaves torch's setting.
+        compiled: time what `torch.compile` makes of it, compiled anew for each batch size before any warmup; the model
+            stays as it is.
 
     Returns:
         Name -> one entry per batch size, in that order.
 
     Raises:
         ValueError: if a count is below 1 (``warmup`` below 0), or an input has no sample to repeat.
+        RuntimeError: if ``compiled`` is asked for where nothing can be compiled; `compiler_missing` says why.
     """
     for what, value, least in (("repeats", repeats, 1), ("warmup", warmup, 0), ("threads", threads, 1)):
         if value is not None and value < least:
             raise ValueError(f"{what} must be at least {least}, got {value}")
     if any(size < 1 for size in batch_sizes):
         raise ValueError(f"every batch size must be at least 1, got {tuple(batch_sizes)}")
+    if compiled and (why := compiler_missing()) is not None:
+        raise RuntimeError(f"torch.compile does not work here: {why}; measure with compiled=False")
     measured: dict[str, list[Latency]] = {name: [] for name in models}
-    with _evaluating(models), _threads(threads), torch.no_grad():
+    with _evaluating(models), threads_set(threads), torch.no_grad():
         for size in batch_sizes:
-            runs = {name: _run(model, _resized(example_inputs, size)) for name, model in models.items()}
+            runs = {name: _run(model, _resized(example_inputs, size), compiled) for name, model in models.items()}
             milliseconds: dict[str, list[float]] = {name: [] for name in models}
             for turn in range(warmup + repeats):
                 for name, run in runs.items():
@@ -107,7 +123,7 @@ def compare(
                     if turn >= warmup:
                         milliseconds[name].append(elapsed)
             for name, times in milliseconds.items():
-                measured[name].append(_latency(size, times, _device(models[name])))
+                measured[name].append(_latency(size, times, _device(models[name]), compiled))
     return measured
 
 
@@ -118,35 +134,99 @@ def state_dict_bytes(model: nn.Module) -> int:
     return buffer.getbuffer().nbytes
 
 
-def _latency(batch: int, milliseconds: Sequence[float], device: torch.device) -> Latency:
+@cache
+def compiler_missing() -> str | None:
+    """Say why `torch.compile` cannot make code for the CPU here (no C++ compiler, say); None if it can."""
+    try:
+        with torch.no_grad():
+            torch.compile(torch.nn.functional.relu)(torch.zeros(1))
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return None
+
+
+def activation_bytes(model: nn.Module, example_inputs: Inputs, batch: int = 1) -> int:
+    """Count the bytes of all activations that are alive at once, at the worst moment of a forward in eval mode.
+
+    An activation is memory that an operator of the forward allocates and that is not freed yet: views and what is
+    written in place take none of their own. Parameters, buffers and the inputs, which are the caller's, do not count,
+    nor does what a kernel takes and frees within itself.
+
+    Args:
+        model: stays on its device; train/eval mode of every module is put back.
+        example_inputs: see `measure`.
+        batch: samples, at least 1.
+
+    Raises:
+        ValueError: if ``batch`` is below 1, or an input has no sample to repeat.
+    """
+    if batch < 1:
+        raise ValueError(f"batch must be at least 1, got {batch}")
+    inputs = _mapped(_resized(example_inputs, batch), lambda tensor: tensor.to(_device(model)))
+    arguments, keywords = _as_call(inputs)
+    foreign = [t for t in tree_flatten((arguments, dict(keywords)))[0] if isinstance(t, Tensor)]
+    live = _Live([*foreign, *model.parameters(), *model.buffers()])
+    with _evaluating({"": model}), torch.no_grad(), live:
+        model(*arguments, **keywords)
+    return live.peak
+
+
+class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follows the memory that operators allocate until it is freed."""
+
+    def __init__(self, foreign: Sequence[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak = 0
+        self._foreign = {tensor.untyped_storage()._cdata for tensor in foreign}
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operator, and see what is alive when it is done."""
+        out = func(*args, **(kwargs or {}))
+        self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}  # type: ignore[no-untyped-call]
+        for tensor in tree_flatten(out)[0]:
+            if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._foreign:
+                    weak = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+                    self._alive[storage._cdata] = weak, storage.nbytes()
+        self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
+        return out
+
+
+def _latency(batch: int, milliseconds: Sequence[float], device: torch.device, compiled: bool) -> Latency:
     points = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
     tenth, median, ninth = torch.tensor(milliseconds, dtype=torch.float64).quantile(points).tolist()
-    return Latency(
-        batch, median, tenth, ninth, 1000 * batch / median, len(milliseconds), torch.get_num_threads(), str(device)
-    )
+    throughput, threads = 1000 * batch / median, torch.get_num_threads()
+    return Latency(batch, median, tenth, ninth, throughput, len(milliseconds), threads, str(device), compiled)
 
 
-def _run(model: nn.Module, inputs: Inputs) -> Callable[[], float]:
+def _run(model: nn.Module, inputs: Inputs, compiled: bool) -> Callable[[], float]:
     """A forward on the model's device that returns its milliseconds; inputs are moved there beforehand."""
     device = _device(model)
+    forward: Callable[..., Any] = model
+    if compiled:
+        torch.compiler.reset()  # else a new batch size compiles for any size, which is slower
+        forward = torch.compile(model)
     inputs = _mapped(inputs, lambda tensor: tensor.to(device))
-    arguments: tuple[Any, ...] = ()
-    keywords: Mapping[str, Any] = {}
-    if isinstance(inputs, Mapping):
-        keywords = inputs
-    elif isinstance(inputs, tuple):
-        arguments = inputs
-    else:
-        arguments = (inputs,)
+    arguments, keywords = _as_call(inputs)
 
     def run() -> float:
         _synchronise(device)
         start = time.perf_counter()
-        model(*arguments, **keywords)
+        forward(*arguments, **keywords)
         _synchronise(device)
         return 1000 * (time.perf_counter() - start)
 
+    if compiled:
+        run()
     return run
+
+
+def _as_call(inputs: Inputs) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    if isinstance(inputs, Mapping):
+        return (), inputs
+    return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
 
 
 def _resized(inputs: Inputs, batch: int) -> Inputs:
@@ -197,7 +277,8 @@ def _evaluating(models: Mapping[str, nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def threads_set(count: int | None) -> Iterator[None]:
+    """Run inside with so many CPU threads within an operator; None leaves torch's setting."""
     before = torch.get_num_threads()
     try:
         if count is not None:

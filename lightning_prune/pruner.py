@@ -17,13 +17,14 @@ two kinds of methods, `channel_pruner.py` and `weight_pruner.py`, hold the arrow
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 import sys
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from itertools import combinations
 from typing import Any, ClassVar, Literal
 
@@ -53,6 +54,7 @@ from lightning_prune.cost import Cost
 from lightning_prune.decision import Plan
 from lightning_prune.errors import IncompatibleCheckpoint, NoEvent, NonFiniteScore
 from lightning_prune.graph.groups import ChannelGraph
+from lightning_prune.histograms import BY_NAME, histogram
 from lightning_prune.ignore import matching
 from lightning_prune.loop import expected_steps
 from lightning_prune.masks import Masks
@@ -64,6 +66,12 @@ from lightning_prune.state import Fields, check_fields, reading
 
 OnNonfinite = Literal["raise", "postpone"]
 LossFn = Callable[[Any, Any], Tensor]
+_NO_LATENCY = {
+    "weights": "kernels of dense layers take the same time whatever is zero; give it a budget of units, or take a "
+    "channel method",
+    "ranks": "a latency table knows channel counts, and no times of pairs of factors; give it a budget of flops, or "
+    "take a channel method",
+}
 _TOLD = 20  # events of a fit that are printed and drawn, if it has more
 
 
@@ -110,6 +118,7 @@ class Pruner(Callback):
     default_of: ClassVar[Of] = "flops"
     default_schedule: ClassVar[Schedule] = OneShot(0.5)
     first_step: ClassVar[int] = 0  # 1 for a method that needs a gradient before its first event
+    start: ClassVar[Literal["trained", "initial"]] = "trained"  # the weights its paper begins with
     alters_training: ClassVar[bool] = False  # whether training is another one before the first event already
     own_fields: ClassVar[Fields] = {}  # what `own_state` returns: a checkpoint that says another thing is refused
     state_fields: ClassVar[Fields] = {
@@ -125,6 +134,8 @@ class Pruner(Callback):
         "seconds": float,
         "seed": str | None,
         "rows": list[dict[str, float]],
+        "arguments?": dict[str, str],
+        "scores?": BY_NAME,
     }
 
     def __init__(
@@ -139,10 +150,8 @@ class Pruner(Callback):
         on_nonfinite: OnNonfinite = "raise",
     ) -> None:
         self.budget = Budget.of_any(budget).resolved(self.default_of)
-        if self.budget.of == "latency":
-            raise ValueError(
-                "Budget(of='latency') needs a measured latency table, which this version does not have yet"
-            )
+        if self.budget.of == "latency" and (why := _NO_LATENCY.get(self.kind)):
+            raise ValueError(f"{type(self).__name__} takes no Budget(of='latency'): {why}")
         self.schedule = self.default_schedule if schedule is None else schedule
         if not isinstance(self.schedule, Schedule):
             raise ValueError(f"schedule must be OneShot, Iterative, Gradual or another Schedule, got {schedule!r}")
@@ -162,6 +171,7 @@ class Pruner(Callback):
         self._missed = 0  # steps that a dense run had done, in a fit that goes on from its checkpoint
         self._total_steps: int | None = None
         self._rows: list[dict[str, float]] = []
+        self._scored: dict[str, dict[str, Any]] = {}  # histograms of the last event
         self._seconds = 0.0
         self._seed: str | None = None
         self._restored: dict[str, Any] | None = None
@@ -236,6 +246,7 @@ class Pruner(Callback):
 
     _cost_now: Cost | None = None
     _postponed = False
+    _keeps_scores = False
     _shown: float | None = None
     _frozen: Mapping[str, str] = {}
 
@@ -583,6 +594,8 @@ class Pruner(Callback):
             "seconds": self._seconds,
             "seed": self._seed,
             "rows": [dict(row) for row in self._rows],
+            "arguments": _arguments(self),
+            "scores": {name: dict(found) for name, found in self._scored.items()},
         }
 
     @override
@@ -606,6 +619,7 @@ class Pruner(Callback):
         self._seconds = float(state_dict["seconds"])
         self._seed = state_dict["seed"]
         self._rows = [dict(row) for row in state_dict["rows"]]
+        self._scored = {name: dict(found) for name, found in state_dict.get("scores", {}).items()}
 
     def _planned_masks(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
         """The masks of the plan, of a fit that goes on; ``shapes`` are the dense ones of what may be masked.
@@ -629,7 +643,7 @@ class Pruner(Callback):
             surgery.call_dense(model)
             self._plan, self._done, self._steps, self._rows, self._seconds = Plan(), 0, 0, [], 0.0
             self._seed = trainer.strategy.broadcast(_global_seed())  # processes may have seeds of their own
-            self._cost_now, self._postponed = None, False
+            self._cost_now, self._postponed, self._scored = None, False, {}
             self._missed = trainer.fit_loop.epoch_loop._batches_that_stepped
         self._fix_events(trainer, resumed)
         self._graph = self._trace(trainer, model)
@@ -638,7 +652,8 @@ class Pruner(Callback):
             self._dense_cost = self.graph.cost()
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._company = [other for other in _pruners(trainer) if other is not self]
-        self._prepare(model)
+        with self._event(trainer, model):
+            self._prepare(model)
         check(trainer.optimizers, self._changing(model))
         with torch.no_grad(), self._event(trainer, model):
             if resumed:
@@ -705,7 +720,8 @@ class Pruner(Callback):
         due = [i for i in range(self._done, len(self._events)) if self._events[i].step <= self._steps]
         if not due:
             return
-        started = time.perf_counter()
+        started, tells = time.perf_counter(), self._tells(due[-1] + 1)
+        self._keeps_scores = tells
         try:
             with torch.no_grad(), own_precision(model), self._event(trainer, model):
                 changed = self._decide_and_apply(trainer, model, self._events[due[-1]].progress)
@@ -719,14 +735,14 @@ class Pruner(Callback):
                 rank_zero_warn(f"{type(self).__name__} postpones its event at step {self._steps}: {error}")
             return
         self._agree(trainer)
-        earlier, self._done, self._postponed = self._done, due[-1] + 1, False
+        self._done, self._postponed = due[-1] + 1, False
         self._seconds += time.perf_counter() - started
         self._cost_now = self._current_cost()
         row = self.log_row(trainer)
         self._rows.append({"step": float(self._steps), **row})
         if not changed and row["prune/density"] == 1:  # else a fine schedule is ahead of this step
             self.warn_once("idle", f"{type(self).__name__}: the event at step {self._steps} changed nothing")
-        if self._tells(earlier):
+        if tells:
             self._log_pictures(trainer)
             rank_zero_info(
                 f"{type(self).__name__}: event {self._done} of {len(self._events)} at step {self._steps}"
@@ -734,9 +750,9 @@ class Pruner(Callback):
                 f"flops kept {row['prune/flops_kept']:.4f}, density {row['prune/density']:.4f}"
             )
 
-    def _tells(self, earlier: int) -> bool:
-        """Whether this event, with ``earlier`` ones done before it, is printed and drawn: the first, and about 20."""
-        return not earlier or _TOLD * self._done // len(self._events) > _TOLD * earlier // len(self._events)
+    def _tells(self, done: int) -> bool:
+        """Whether an event, after which so many are done, is printed and drawn: the first, the last, and about 20."""
+        return not self._done or _TOLD * done // len(self._events) > _TOLD * self._done // len(self._events)
 
     def _agree(self, trainer: pl.Trainer) -> None:
         """Stop if processes decided differently: from here on they would train different networks."""
@@ -805,6 +821,18 @@ class Pruner(Callback):
             self._shown = kept
             model.log("flops_kept", kept, prog_bar=True, logger=False, on_step=True, on_epoch=False)
 
+    def _log_scores(self, trainer: pl.Trainer, scores: Mapping[str, Tensor], keep: Mapping[str, Tensor]) -> None:
+        """Hand scores to the loggers, and keep their histograms, of what stays and what goes, for checkpoints."""
+        if not trainer.is_global_zero:
+            return
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        for name, score in scores.items():
+            figures.log_histogram(trainer.loggers, f"prune/score/{name}", score, step)
+        if not self._keeps_scores:  # they take a tenth of a second for a few million weights
+            return
+        found = {name: histogram(score, keep[name]) for name, score in scores.items() if name in keep}
+        self._scored = {name: each for name, each in found.items() if each}
+
     def _log_pictures(self, trainer: pl.Trainer) -> None:
         if not trainer.is_global_zero:
             return
@@ -815,8 +843,9 @@ class Pruner(Callback):
             figures.log_figure(
                 trainer.loggers, "prune/architecture", lambda: figures.architecture_figure(before, after), step
             )
+        end = float(self._total_steps or 0)
         figures.log_figure(
-            trainer.loggers, "prune/curve", lambda: figures.curve_figure([_plain(row) for row in self._rows]), step
+            trainer.loggers, "prune/curve", lambda: figures.curve_figure([_plain(row) for row in self._rows], end), step
         )
 
 
@@ -826,6 +855,23 @@ def _global_seed() -> str:
 
 def _plain(row: Mapping[str, float]) -> dict[str, object]:
     return dict(row)
+
+
+def _arguments(callback: Pruner) -> dict[str, str]:
+    """What a callback was made with, as text; of an object only its type, as it may print as an address."""
+    every: dict[str, str] = {}
+    given = vars(callback)
+    for cls in reversed(type(callback).__mro__[: type(callback).__mro__.index(Pruner) + 1]):
+        for name, argument in inspect.signature(vars(cls).get("__init__", Pruner.__init__)).parameters.items():
+            held = name if name in given else f"{name}s"  # finalize= is also what a method is called
+            if held in given and argument.kind is not argument.VAR_KEYWORD:
+                value = given[held]
+                simple = isinstance(value, bool | int | float | str | list | tuple | dict | None) or is_dataclass(value)
+                text = repr(value) if simple else ""
+                every[name] = (
+                    text if simple and " at 0x" not in text and len(text) < 500 else f"a {type(value).__name__}"
+                )
+    return every
 
 
 def _removed(plan: Plan) -> dict[str, dict[int, int]]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_prune import checkpoint as _checkpoint
-from lightning_prune import factorise, figures
+from lightning_prune import factorise
 from lightning_prune.batches import own_precision
 from lightning_prune.budget import Budget
 from lightning_prune.cost import Cost
@@ -353,10 +353,9 @@ class RankPruner(Pruner):
             return False
         ranks = self._ranks_within(self._budget_at(progress))
         closing = self._total_steps is not None and self._steps >= self._total_steps
-        for name, values in self._project(trainer, model, ranks, closing).items():
-            if trainer.is_global_zero:
-                step = trainer.fit_loop.epoch_loop._batches_that_stepped
-                figures.log_histogram(trainer.loggers, f"prune/score/{name}", values, step)
+        found = self._project(trainer, model, ranks, closing)
+        kept = {name: torch.arange(len(values)) < ranks[name] for name, values in found.items()}  # they fall
+        self._log_scores(trainer, found, kept)
         self._plan, self._projected_at = Plan(ranks=ranks), self._steps
         return bool(ranks)
 

@@ -74,7 +74,7 @@ class Report:
 
     def to_json(self, indent: int | None = 2) -> str:
         """``to_dict`` as standard JSON: a number that is not finite, which JSON has no word for, becomes null."""
-        return json.dumps(_finite(self.to_dict()), indent=indent, allow_nan=False)
+        return json.dumps(finite(self.to_dict()), indent=indent, allow_nan=False)
 
     def to_markdown(self) -> str:
         """Up to four tables: cost, channels per group, events, and what is frozen; empty ones are left out.
@@ -173,12 +173,13 @@ def _plain(value: object) -> object:
             return str(value)
 
 
-def _finite(value: object) -> object:
+def finite(value: object) -> object:
+    """Dicts and lists with None for each number that is not finite, which JSON has no word for."""
     match value:
         case dict():
-            return {key: _finite(inner) for key, inner in value.items()}
+            return {key: finite(inner) for key, inner in value.items()}
         case list():
-            return [_finite(inner) for inner in value]
+            return [finite(inner) for inner in value]
         case float() if not math.isfinite(value):
             return None
         case _:

@@ -50,7 +50,7 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
         example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs, on any device.
 
     Returns:
-        The graph: `groups`, `frozen` with reasons, `explain()`, `cost(plan)`.
+        The graph, with its `groups`, what is `frozen` and why, `explain()` and `cost(plan)`.
 
     Raises:
         TraceError: if the model does not run on the example inputs.

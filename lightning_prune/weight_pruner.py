@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_prune import figures, surgery
+from lightning_prune import surgery
 from lightning_prune.batches import own_precision
 from lightning_prune.budget import Budget
 from lightning_prune.cost import Cost
@@ -252,10 +252,7 @@ class WeightPruner(Pruner):
         masks = self.select(scores, allowance, price)
         self._warn_of_empty(masks)
         changed = self.set_masks(masks)
-        if trainer.is_global_zero:
-            step = trainer.fit_loop.epoch_loop._batches_that_stepped
-            for name, score in scores.items():
-                figures.log_histogram(trainer.loggers, f"prune/score/{name}", score[torch.isfinite(score)], step)
+        self._log_scores(trainer, scores, masks)
         return changed
 
     def _refuse_not_finite(self) -> None:

@@ -101,6 +101,12 @@ def test_curve_marks_events_where_their_count_rises_and_nowhere_else():
     assert "prune events: 2" in [line.get_label() for line in axes.lines]
 
 
+def test_curve_goes_to_the_end_of_the_fit_it_is_of():
+    # 3 % beyond, so that an event on the last step is seen
+    assert curve_figure(ROWS, until=200).axes[0].get_xlim() == (0, 206)
+    assert curve_figure(ROWS, until=1).axes[0].get_xlim()[1] == curve_figure(ROWS).axes[0].get_xlim()[1]
+
+
 def test_curve_refuses_rows_that_hold_nothing_to_draw():
     with pytest.raises(ValueError, match="got 0 rows"):
         curve_figure([])
@@ -114,7 +120,7 @@ def test_figures_are_drawn_without_pyplot(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # its import now raises
     figure = architecture_figure({"a": 2}, {"a": 1})
     figure.canvas.draw()
-    assert figure.canvas.buffer_rgba().shape[1] == 960
+    assert figure.canvas.buffer_rgba().shape[1] == 768
 
 
 def test_tensorboard_gets_figures_and_histograms_and_other_loggers_are_passed_over(tmp_path):

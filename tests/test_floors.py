@@ -15,8 +15,8 @@ PACKAGE = "lightning_prune"
 METHODS, LIGHTNING = 4, 3
 # Floor -> first part of the module's name below the package; a folder is on one floor as a whole.
 FLOORS = {
-    0: ("errors", "state", "decision", "schedule", "budget", "ranking", "densities"),
-    1: ("graph", "cost", "report", "ignore", "terms", "wiring"),
+    0: ("errors", "state", "decision", "schedule", "budget", "ranking", "densities", "histograms"),
+    1: ("graph", "cost", "report", "ignore", "terms", "wiring", "svg", "page"),
     2: (
         "statistics",
         "masks",
@@ -27,6 +27,9 @@ FLOORS = {
         "absolute",
         "optimizers",
         "latency",
+        "latency_calls",
+        "latency_table",
+        "footprint",
         "taps",
         "compensation",
         "oracle",
@@ -35,6 +38,9 @@ FLOORS = {
         "widening",
         "curvature",
         "factorise",
+        "rebuild",
+        "export",
+        "quantize",
     ),
     LIGHTNING: (
         "pruner",
@@ -48,7 +54,7 @@ FLOORS = {
         "rank_pruner",
     ),
     METHODS: ("methods",),
-    5: ("commands", "cli", "planning", "__init__", "__main__"),
+    5: ("commands", "comparison", "cli", "planning", "__init__", "__main__"),
 }
 
 

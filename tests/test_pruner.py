@@ -611,11 +611,6 @@ def test_weight_scope_is_layer_or_global():
         Magnitude(0.5, scope="uniform")
 
 
-def test_latency_budget_is_refused():
-    with pytest.raises(ValueError, match="latency"):
-        L1Filter(Budget(0.5, of="latency"))
-
-
 @pytest.mark.parametrize("method", [L1Filter, Magnitude])
 def test_ignore_that_matches_nothing_names_what_is_near(fit, tiny_net, method):
     model = tiny_net()

@@ -49,7 +49,7 @@ def test_budget_that_leaves_no_weight_is_refused_before_anything_changes(method,
     fixed = sum(p.numel() for p in model.parameters() if p.ndim < 2) / count(model, model.example_input_array).params
     before = copy.deepcopy(model.state_dict())
     keep = 0.0001 + (fixed if of == "params" else 0)
-    with pytest.raises(UnmeetableBudget, match=r"cannot be met with even one of the \d+ weights that may go: .* raise keep"):
+    with pytest.raises(UnmeetableBudget, match=r"cannot be met with even one of the \d+ weights .* raise keep"):
         fit(method(Budget(keep, of)), model=model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 

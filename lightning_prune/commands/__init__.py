@@ -28,6 +28,9 @@ LIGHTNING = {
 OWN = {
     "demo": "train a small network on handwritten digits, prune it while it trains, and report",
     "methods": "the table of methods: paper, what they remove and need, default schedule",
+    "compare": "methods, budgets and seeds under one protocol, with dense, random and scratch rows",
+    "export": "write a checkpoint as state dict, torch.export program and ONNX, each compared with the model; int8",
+    "report": "one page of HTML on checkpoints or a comparison: what went, what it saved, how to do it again",
     "explain": "dry run: what of a model may go, what is frozen and why, and what a budget would save",
 }
 

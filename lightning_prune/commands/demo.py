@@ -86,6 +86,8 @@ def run(options: argparse.Namespace) -> int:
     if not 0 <= options.seed < 2**32:
         raise ValueError(f"--seed must be from 0 to 4,294,967,295, got {options.seed}")
     method = find(options.method)
+    if method.kind == "control":
+        raise ValueError(f"{method.__name__} trains the plan of another method; see lightning-prune compare")
     pruner = method(Budget(KEEP.get(method.kind, 0.5) if options.keep is None else options.keep))
     out = options.out or Path("lightning_prune_demo") / method.__module__.rpartition(".")[2]
     with _one_thread(), _quiet():

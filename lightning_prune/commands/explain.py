@@ -12,22 +12,24 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from torch import Tensor, nn
 
-from lightning_prune.budget import Budget
+from lightning_prune.budget import Budget, Of
 from lightning_prune.commands import write
 from lightning_prune.decision import Plan
 from lightning_prune.errors import NothingToPrune, PruneError, TraceError
 from lightning_prune.figures import graph_figure
 from lightning_prune.graph.explain import Explanation, explain
 from lightning_prune.graph.groups import ChannelGraph
+from lightning_prune.latency_table import LatencyTable, latency_table
 from lightning_prune.planning import plan
 from lightning_prune.report import markdown_table
 from lightning_prune.surgery import trace
@@ -47,7 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model's example_input_array",
     )
     parser.add_argument("--keep", type=float, default=0.5, metavar="F", help="fraction kept (%(default)s)")
-    parser.add_argument("--of", default="flops", choices=("flops", "params", "units"), help="of what (%(default)s)")
+    parser.add_argument(
+        "--of", default="flops", choices=get_args(Of), help="of what (%(default)s); latency is measured here"
+    )
     parser.add_argument(
         "--method", default="l1_filter", metavar="NAME", help="a channel method that needs no data (%(default)s)"
     )
@@ -77,12 +81,13 @@ def run(options: argparse.Namespace) -> int:
     explanation = explain(graph)
     text, value = explained(explanation, graph.frozen, name)
     failed: PruneError | None = None
+    table = latency_table(graph) if budget.of == "latency" and graph.groups else None
     try:
-        chosen = plan(graph, options.method, budget)
+        chosen = plan(graph, options.method, budget, **({} if table is None else {"latency_table": table}))
     except PruneError as error:
         failed = error
     else:
-        more, prediction = predicted(graph, chosen, budget, options.method)
+        more, prediction = predicted(graph, chosen, budget, options.method, table)
         text, value = f"{text}\n\n{more}", {**value, "predicted": prediction}
     write(options.out, "explain.txt", text, value)
     for path in pictures:
@@ -96,12 +101,13 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def made(path: str, arguments: str = "{}") -> tuple[str, nn.Module]:
+def made(path: str, arguments: str = "{}", known: Mapping[str, Any] | None = None) -> tuple[str, nn.Module]:
     """Make a model from the dotted path of a class or function.
 
     Args:
         path: such as ``torchvision.models.resnet18``.
         arguments: keyword arguments, as JSON.
+        known: further ones, taken where they are wanted and ``arguments`` has no others.
 
     Returns:
         The path and the model.
@@ -115,7 +121,8 @@ def made(path: str, arguments: str = "{}") -> tuple[str, nn.Module]:
         raise ValueError(f'--arguments must be JSON such as {{"width": 8}}, got {arguments!r}: {error}') from error
     if not isinstance(keywords, dict):
         raise ValueError(f'--arguments must be a JSON object such as {{"width": 8}}, got {arguments!r}')
-    factory = _imported(path)
+    factory = imported(path)
+    keywords = {**_wanted(factory, known or {}), **keywords}
     try:
         model = factory(**keywords)
     except TypeError as error:
@@ -190,13 +197,20 @@ def explained(explanation: Explanation, frozen: Mapping[str, str], name: str) ->
     return f"{name}\n{explanation}", {"model": name, **explanation.to_dict(), "frozen": dict(frozen)}
 
 
-def predicted(graph: ChannelGraph, chosen: Plan, budget: Budget, method: str) -> tuple[str, dict[str, Any]]:
-    """What a plan would leave: as text, and as what JSON can say."""
+def predicted(
+    graph: ChannelGraph, chosen: Plan, budget: Budget, method: str, table: LatencyTable | None = None
+) -> tuple[str, dict[str, Any]]:
+    """What a plan would leave: as text, and as what JSON can say; with a table also the time by it."""
     before, after = graph.cost(), graph.cost(chosen)
-    costs = [
+    costs: list[dict[str, Any]] = [
         {"": key, "dense": dense, "pruned": left, "kept": left / max(1, dense)}
         for key, dense, left in (("flops", before.flops, after.flops), ("params", before.params, after.params))
     ]
+    times: dict[str, Any] = {}
+    if table is not None:
+        ms = table.predict(graph, chosen)
+        costs.append({"": "ms, predicted", "dense": table.dense_ms, "pruned": ms, "kept": ms / table.dense_ms})
+        times = {"latency_ms": ms, "latency_kept": ms / table.dense_ms, "latency_on": str(table)}
     kept = [{"group": name, "dense": of, "kept": n} for name, (n, of) in chosen.groups.items()]
     title = f"with {budget.keep:g} of the {budget.of} kept, channels as {method} would choose them now:"
     value = {
@@ -208,6 +222,7 @@ def predicted(graph: ChannelGraph, chosen: Plan, budget: Budget, method: str) ->
         "flops_kept": after.flops / max(1, before.flops),
         "params_kept": after.params / max(1, before.params),
         "groups": {name: n for name, (n, _) in chosen.groups.items()},
+        **times,
     }
     return f"{title}\n\n{markdown_table(costs)}\n\n{markdown_table(kept)}", value
 
@@ -221,16 +236,29 @@ def _pictures(figure: Path | None, out: Path | None) -> list[Path]:
     return [path for path in (figure, out and out / "explain.png") if path is not None]
 
 
-def _imported(path: str) -> Callable[..., Any]:
+def _wanted(factory: Callable[..., Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """Those keyword arguments that a factory takes."""
+    if not known:
+        return {}
+    taken = inspect.signature(factory).parameters
+    return {key: value for key, value in known.items() if key in taken}
+
+
+def imported(path: str, option: str = "--model") -> Callable[..., Any]:
+    """The class or function of a dotted path.
+
+    Raises:
+        ValueError: naming the option that asked, if there is none.
+    """
     module, _, name = path.rpartition(".")
     if not module:
-        raise ValueError(f"--model wants a dotted path such as torchvision.models.resnet18, got {path!r}")
+        raise ValueError(f"{option} wants a dotted path such as torchvision.models.resnet18, got {path!r}")
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"--model {path}: {error}") from error
+        raise ValueError(f"{option} {path}: {error}") from error
     if not callable(found):
-        raise ValueError(f"--model {path} is {type(found).__name__}, which cannot be called to make a model")
+        raise ValueError(f"{option} {path} is {type(found).__name__}, which cannot be called")
     return found  # type: ignore[no-any-return]
 
 

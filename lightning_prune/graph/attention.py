@@ -59,6 +59,11 @@ def stand_in_for(module: nn.Module) -> type[nn.Module] | None:
     return _CHOSEN[type(module)]
 
 
+def is_stand_in(module: nn.Module) -> bool:
+    """Whether a module has the class of a stand-in."""
+    return type(module) in _ORIGINALS
+
+
 def swap(module: nn.Module) -> bool:
     """Give a module the class of its stand-in, in place, and the attributes that one reads.
 

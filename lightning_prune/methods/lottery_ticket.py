@@ -127,6 +127,7 @@ class LotteryTicket(WeightPruner):
         "phase_start": int,
         "positions": list[tuple[str, int]],
     }
+    start = "initial"
     default_schedule = Rounds()
     default_scope: ClassVar[Literal["global", "layer"]] = "global"
     alters_training = True  # by running schedulers faster

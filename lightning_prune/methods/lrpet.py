@@ -105,6 +105,7 @@ class LRPET(RankPruner):
         **shared: see `RankPruner`.
     """
 
+    start = "initial"
     paper = Paper("Guo et al.", 2022, "https://arxiv.org/abs/2204.05566")
 
     def __init__(

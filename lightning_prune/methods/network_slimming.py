@@ -85,6 +85,7 @@ class NetworkSlimming(ChannelPruner):
 
     paper = Paper("Liu et al.", 2017, "https://arxiv.org/abs/1708.06519")
     needs = "training with its penalty"
+    start = "initial"
     default_schedule = OneShot(0.5)
     default_scope = "global"
     alters_training = True

@@ -107,6 +107,7 @@ class RigL(WeightPruner):
     paper = Paper("Evci et al.", 2020, "https://arxiv.org/abs/1911.11134")
     own_fields: ClassVar[Fields] = {"spent": float, "revised_at": int}
     needs = "gradients of training"
+    start = "initial"
     default_schedule: ClassVar[Schedule] = Updates(every=100, start=0.0, end=0.75, least=21)
     default_scope = "layer"
 

@@ -104,6 +104,7 @@ class SNIP(WeightPruner):
 
     paper = Paper("Lee et al.", 2019, "https://arxiv.org/abs/1810.02340")
     needs = "calibration data"
+    start = "initial"
     default_schedule = OneShot(0.0)
     default_scope = "global"
     _against_empty = "raise keep, give min_keep_per_layer="

@@ -126,6 +126,7 @@ class SparseConnectivityLearning(WeightPruner):
     paper = Paper("Tang et al.", 2022, "https://arxiv.org/abs/2201.05020")
     own_fields: ClassVar[Fields] = {"learned": list[str], "met": bool}
     needs = "gradients of training"
+    start = "initial"
     default_schedule = OneShot(0.85)
     first_step = 1
     alters_training = True

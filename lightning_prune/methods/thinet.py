@@ -236,8 +236,8 @@ class ThiNet(ChannelPruner):
         self._grams = {}
 
     @override
-    def _log_scores(self, trainer: pl.Trainer, scores: Mapping[str, Tensor]) -> None:
-        super()._log_scores(trainer, {name: scores[name] for name in self._grams if name in scores})
+    def _log_scores(self, trainer: pl.Trainer, scores: Mapping[str, Tensor], keep: Mapping[str, Tensor]) -> None:
+        super()._log_scores(trainer, {name: scores[name] for name in self._grams if name in scores}, keep)
 
     def _collect(self, groups: Sequence[Group]) -> dict[str, dict[str, Tensor]]:
         """group -> weight that reads it -> X^T X, mean over samples."""
