@@ -108,7 +108,7 @@ def test_links_of_a_page_lead_to_files(page):
 def test_readme_has_the_two_commands():
     demo, test = blocks(README, "bash")
     assert demo == "pip install .\nlightning-prune demo\n"
-    assert test == 'pip install ".[test]"\npytest\n'
+    assert test == 'pip install ".[test]"\npytest -n auto --dist loadgroup\n'
 
 
 def test_ci_runs_the_test_command_of_the_readme():

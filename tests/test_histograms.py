@@ -59,7 +59,7 @@ def test_state_says_the_scores_of_the_last_event_and_keeps_them(fit, callback):
 def test_fine_schedules_keep_the_scores_of_some_events_and_of_the_last(fit, monkeypatch):
     made = []
     monkeypatch.setattr("lightning_prune.pruner.histogram", lambda *given: made.append(given) or histogram(*given))
-    callback = Magnitude(Budget(0.3), schedule=Gradual(end=1.0, events=38))
+    callback = Magnitude(Budget(0.3), schedule=Gradual(end=0.95, events=38))
     fit(callback, limit_val_batches=0, max_epochs=10)
     layers = len(callback.plan.masks)
     assert len(callback.events) > 30
