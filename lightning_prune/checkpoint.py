@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -220,7 +221,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise
     except Exception as error:  # what is in a file decides which of many errors torch gives
         raise IncompatibleCheckpoint(
-            f"{path} could not be read as a checkpoint: {type(error).__name__}: {str(error).strip()[:300]}"
+            f"{path} could not be read as a checkpoint: {type(error).__name__}: {_why(error)[:300]}"
         ) from error
     if not isinstance(checkpoint, Mapping):
         raise IncompatibleCheckpoint(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint or a state dict")
@@ -259,8 +260,14 @@ def _refusing(path: str | Path, cls: type) -> Iterator[None]:
         raise
     except Exception as error:
         raise IncompatibleCheckpoint(
-            f"{path} could not be loaded as a {cls.__name__}: {type(error).__name__}: {str(error).strip()[:500]}"
+            f"{path} could not be loaded as a {cls.__name__}: {type(error).__name__}: {_why(error)[:500]}"
         ) from error
+
+
+def _why(error: Exception) -> str:
+    """What torch found in a file, without its advice to read it in a way that may run what is in it."""
+    found = re.search(r"WeightsUnpickler error:(.*?)(?:Check the documentation|$)", str(error), re.DOTALL)
+    return " ".join((found[1] if found else str(error)).split())
 
 
 @contextmanager
