@@ -275,6 +275,21 @@ def test_picture_has_a_point_a_row_and_leaves_out_what_was_not_measured():
     assert front.get_xydata()[-1].tolist() == [100, 90]
 
 
+def test_one_bad_row_does_not_press_the_others_together():
+    rows = [row("dense", "dense", 0, 0.99), row("L1Filter", "finetuned", 0, 0.98), row("SOSP", "finetuned", 0, 0.5)]
+    axes = pareto_figure(summarised(rows)).axes[0]
+    bad, good, best = axes.transData.transform([(0, 50), (0, 98), (0, 99)])[:, 1]
+    assert best - good > 0.1 * (best - bad)  # where a linear scale has a fiftieth
+    shown = " ".join(label.get_text() for label in axes.get_yticklabels())
+    assert shown == "40 60 70 80 90 95 97 98 99 99.5 100"
+    assert axes.get_ylim()[0] < 50
+
+
+def test_metric_that_is_no_share_has_a_linear_scale():
+    axes = pareto_figure(summarised([row("dense", "dense", 0, 3.5), row("L1Filter", "finetuned", 0, 2.0)])).axes[0]
+    assert axes.get_yscale() == "linear"
+
+
 # the whole
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -21,6 +22,8 @@ PANELS = (
 _COLOURS = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#8C564B", "#7A5195")
 _MARKERS = "oD^vPX<>hp"
 _SCRATCH = "#9AA5AE"
+_TICKS = (0, 20, 40, 60, 70, 80, 90, 95, 97, 98, 99, 99.5, 100)
+_SMALLEST = 0.2  # error in percent that still makes a difference in height
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -55,6 +58,7 @@ def pareto_figure(summary: Iterable[Mapping[str, Any]]) -> Figure:
     for axes, (key, title) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
         _panel(axes, [line for line in lines if line.get(key) is not None], key, looks)
         axes.set(xlabel=title, ylabel="accuracy, %")
+        _spread_the_top(axes, [100 * line["accuracy"] for line in lines])
         axes.set_xlim(left=0)
         axes.locator_params(axis="x", nbins=6)
         if key != "latency_kept":
@@ -71,6 +75,25 @@ def pareto_figure(summary: Iterable[Mapping[str, Any]]) -> Figure:
     return figure
 
 
+def _spread_the_top(axes: Axes, accuracies: Sequence[float]) -> None:
+    """Near 100 % heights go by the logarithm of the error: one outlier would press all others together."""
+    if not accuracies or not 90 < max(accuracies) <= 100 or min(accuracies) < 0:
+        return
+    axes.set_yscale("function", functions=(_height, _accuracy))
+    worst = min(accuracies)
+    ticks = [tick for tick in _TICKS if tick >= worst - 0.3 * (100 - worst)]
+    axes.set_ylim(_accuracy(_height(worst) - 0.08), 100)
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+
+
+def _height(accuracy: Any) -> Any:
+    return -np.log10(np.maximum(100 - np.asarray(accuracy), 0) + _SMALLEST)
+
+
+def _accuracy(height: Any) -> Any:
+    return 100 + _SMALLEST - 10 ** -np.asarray(height)
+
+
 def _looks(lines: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str]]:
     methods = list(dict.fromkeys(line["method"] for line in lines if line["method"] != "dense"))
     looks = {m: (_COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)]) for i, m in enumerate(methods)}
@@ -82,8 +105,10 @@ def _panel(axes: Axes, lines: Sequence[Mapping[str, Any]], key: str, looks: Mapp
         colour, marker = looks[line["method"]]
         is_scratch = line["variant"].startswith("scratch")
         x, y = line[key], 100 * line["accuracy"]
+        error = 100 * (line["accuracy_std"] or 0.0)
+        above = min(error, max(0.0, 100 - y)) if y <= 100 else error  # no accuracy is above all
         axes.errorbar(
-            x, y, yerr=100 * (line["accuracy_std"] or 0.0), xerr=line.get(f"{key}_std") or 0.0, linestyle="none",
+            x, y, yerr=[[error], [above]], xerr=line.get(f"{key}_std") or 0.0, linestyle="none",
             marker=("1" if line["variant"] == "scratch_e" else "2") if is_scratch else marker, markersize=8,
             color=_SCRATCH if is_scratch else colour, elinewidth=0.8, capsize=2,
             label=f"{label(line).split()[0]} of any" if is_scratch else label(line),
