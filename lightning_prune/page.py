@@ -69,7 +69,7 @@ def _summary(report: Data) -> str:
     """A few large numbers for each pruned network."""
     parts = []
     for network in report.get("networks", ()):
-        if network["dense"] is None:
+        if network["dense"] is None or network.get("engine"):
             continue
         tiles = [
             (_share(network["flops_kept"]), "of the flops kept"),

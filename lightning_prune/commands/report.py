@@ -19,6 +19,7 @@ import logging
 import math
 import platform
 import shlex
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,7 +33,7 @@ from torch import nn
 
 import lightning_prune
 from lightning_prune.checkpoint import load_into, plan_of, read_checkpoint, written_by
-from lightning_prune.commands import PROGRAM, one_line
+from lightning_prune.commands import PROGRAM, engines, one_line
 from lightning_prune.commands.explain import example_inputs, from_config, imported, made
 from lightning_prune.cost import count
 from lightning_prune.decision import Plan
@@ -68,6 +69,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--data", metavar="PATH", help="dotted path of a LightningDataModule class; each checkpoint is tested on it"
+    )
+    parser.add_argument(
+        "--int8",
+        action="store_true",
+        help="also each network in ONNX Runtime, in float32 and in int8, calibrated on training samples of --data",
     )
     parser.add_argument("--compare", type=Path, metavar="DIR", help="also the rows that lightning-prune compare wrote")
     parser.add_argument(
@@ -120,13 +126,18 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
     networks = loaded(options)
     inputs = example_inputs(networks[0].model, options.input)
     rows = [_counted(network, inputs) for network in networks]
-    _time(rows, networks, inputs, options)
+    data = imported(options.data, "--data") if options.data else None
+    for row, network in zip(rows, networks, strict=True):
+        if data is not None and network.checkpoint is not None:  # the dense model made to compare with is not trained
+            row["tested"] = _tested(network.model, data)
+    models = {network.name: network.model for network in networks}
+    with tempfile.TemporaryDirectory() as folder:
+        if options.int8:
+            engines = _engines(networks, inputs, data, Path(folder), options.threads)
+            rows += [_as_run(engine, rows, networks, data) for engine in engines]
+            models |= {engine.name: engine.model for engine in engines}
+        _time(rows, models, inputs, options)
     notes = _notes(rows, options)
-    if options.data:
-        data = imported(options.data, "--data")
-        for row, network in zip(rows, networks, strict=True):
-            if network.checkpoint is not None:  # the dense model that was made to compare with is not trained
-                row["tested"] = _tested(network.model, data)
     pruned = [network for network in networks if network.plan is not None]
     return {
         "networks": rows,
@@ -230,6 +241,7 @@ def command_of(options: argparse.Namespace) -> str:
         words += [] if value is None else [name, str(value)]
     for shape in options.input or ():
         words += ["--input", shape]
+    words += ["--int8"] * options.int8
     return shlex.join([*words, "--batch-sizes", *map(str, options.batch_sizes)])
 
 
@@ -239,6 +251,8 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError("there is nothing to report on: give a CHECKPOINT, or --compare a folder of a comparison")
     if options.checkpoints and options.model is None and options.config is None:
         raise ValueError("a checkpoint holds no model: give --model, the dotted path of its class, or --config")
+    if options.int8 and (not options.checkpoints or not options.data):
+        raise ValueError("--int8 wants a CHECKPOINT, and --data, whose training samples it is calibrated on")
     if options.repeats < 0 or options.threads < 1 or min(options.batch_sizes) < 1:
         raise ValueError("--threads and --batch-sizes must be at least 1, and --repeats at least 0")
 
@@ -299,10 +313,41 @@ def _if_free(network: Network) -> float | None:
     return rows[-1].get("prune/flops_sparse") if rows else None
 
 
-def _time(rows: list[dict[str, Any]], networks: Sequence[Network], inputs: Any, options: argparse.Namespace) -> None:
+def _engines(networks: Sequence[Network], inputs: Any, data: Any, folder: Path, threads: int) -> list[engines.Engine]:
+    batches = engines.training_samples(data())
+    with _quiet():
+        return [
+            engine
+            for number, network in enumerate(networks)
+            for engine in engines.in_onnxruntime(
+                network.name, network.model, inputs, batches, folder / str(number), threads
+            )
+        ]
+
+
+def _as_run(
+    engine: engines.Engine, rows: Sequence[dict[str, Any]], networks: Sequence[Network], data: Any
+) -> dict[str, Any]:
+    """The row of a network in an engine: its counts, the file's size, and what the engine's own outputs score."""
+    row = next(row for row in rows if row["name"] == engine.of)
+    network = next(network for network in networks if network.name == engine.of)
+    tested = {}
+    if network.checkpoint is not None:
+        assert isinstance(network.model, pl.LightningModule)  # it was tested before
+        shell = engines.standing_in(network.model, engine)
+        tested = _tested(shell, data)
+        engines.refuse_bypassed(shell, engine)
+    return {
+        **row, "name": engine.name, "dense": row["dense"] or row["name"], "engine": True, "bytes": engine.bytes,
+        "latency_ms": {}, "tested": tested,
+    }  # fmt: skip
+
+
+def _time(
+    rows: list[dict[str, Any]], models: Mapping[str, nn.Module], inputs: Any, options: argparse.Namespace
+) -> None:
     if not options.repeats:
         return
-    models = {network.name: network.model for network in networks}
     times = compare(models, inputs, options.batch_sizes, options.repeats, threads=options.threads)
     for row in rows:
         for one, before in zip(times[row["name"]], times[row["dense"] or row["name"]], strict=True):
@@ -327,6 +372,11 @@ def _notes(rows: Sequence[Mapping[str, Any]], options: argparse.Namespace) -> li
     if any(times["noisy"] for row in rows for times in row["latency_ms"].values()):
         notes.append(
             f"Where the slowest tenth took more than {NOISY:g} medians the machine was busy and says no speed-up."
+        )
+    if options.int8:
+        notes.append(
+            "Rows of ONNX Runtime have its file's bytes, and are held against the dense network in torch; int8 is "
+            f"calibrated on {engines.SAMPLES} training samples."
         )
     return notes if options.data else [*notes, "Accuracy was not measured; --data tests each checkpoint."]
 

@@ -24,6 +24,9 @@ def own_models(monkeypatch, tiny_net, make_loader):
     """The tiny network and its data under a plain name, as a user's own module would have."""
 
     class Data(pl.LightningDataModule):
+        def train_dataloader(self):
+            return make_loader(32)
+
         def test_dataloader(self):
             return make_loader(8, seed=2)
 
@@ -281,3 +284,47 @@ def test_config_makes_the_model(fit, tmp_path, make_loader):
     assert main(["report", *words]) == 0
     said = json.loads((tmp_path / "out" / "report.json").read_text("utf-8"))
     assert said["networks"][0]["params"] == sum(p.numel() for p in DigitsNet(width=4).parameters())
+
+
+# in ONNX Runtime
+
+
+def test_networks_run_in_float32_and_int8_beside_themselves(saved, tmp_path, capsys):
+    pytest.importorskip("onnxruntime", reason="the extra 'export'")
+    path, _ = saved(L1Filter(0.5, schedule=AT_3))
+    model, out = ["--model", "own_models.TinyNet", "--data", "own_models.Data"], tmp_path / "out"
+    status = main(["report", str(path), *model, "--int8", "--repeats", "2", "--out", str(out)])
+    assert status == 0, capsys.readouterr().err
+    written = json.loads((out / "report.json").read_text("utf-8"))
+    rows = {row["name"]: row for row in written["networks"]}
+    names = ["dense", "pruned"]
+    assert list(rows) == [*names, *(f"{n}, ONNX Runtime{kind}" for n in names for kind in ("", ", int8"))]
+    whole, plain, small = (rows[f"pruned{kind}"] for kind in ("", ", ONNX Runtime", ", ONNX Runtime, int8"))
+    assert plain["flops"] == small["flops"] == whole["flops"] < rows["dense"]["flops"]
+    assert plain["tested"]["test_loss"] == pytest.approx(whole["tested"]["test_loss"], rel=1e-4)
+    assert small["tested"]["test_loss"] == pytest.approx(whole["tested"]["test_loss"], rel=0.1)
+    assert small["tested"]["test_loss"] != whole["tested"]["test_loss"]  # the engine's own, and int8's
+    assert rows["dense, ONNX Runtime, int8"]["tested"] == {}  # nobody trained it
+    assert set(small["latency_ms"]) == {"1", "32"}
+    assert "--int8" in written["command"]
+
+
+def test_module_whose_test_goes_around_its_forward_is_refused(saved, tmp_path, own_models, tiny_net, capsys):
+    pytest.importorskip("onnxruntime", reason="the extra 'export'")
+
+    class Around(tiny_net):
+        def test_step(self, batch, batch_idx):
+            self.log("test_loss", self.fc(self.hidden(torch.zeros(1, self.hidden.in_features))).sum())
+
+    own_models.TinyNet = Around
+    path, _ = saved(L1Filter(0.5, schedule=AT_3))
+    status, written = report(tmp_path, path, "--data", "own_models.Data", "--int8")
+    assert (status, written) == (1, None)
+    assert "test_step of Around does not call self(...)" in capsys.readouterr().err
+
+
+def test_int8_without_data_is_refused(saved, tmp_path, capsys):
+    path, _ = saved(L1Filter(0.5, schedule=AT_3))
+    status, _ = report(tmp_path, path, "--int8")
+    assert status == 1
+    assert "--int8 wants a CHECKPOINT, and --data" in capsys.readouterr().err
