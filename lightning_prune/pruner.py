@@ -830,7 +830,8 @@ class Pruner(Callback):
             figures.log_histogram(trainer.loggers, f"prune/score/{name}", score, step)
         if not self._keeps_scores:  # they take a tenth of a second for a few million weights
             return
-        found = {name: histogram(score, keep[name]) for name, score in scores.items() if name in keep}
+        # several weights may have one score
+        found = {n: histogram(score.expand_as(keep[n]), keep[n]) for n, score in scores.items() if n in keep}
         self._scored = {name: each for name, each in found.items() if each}
 
     def _log_pictures(self, trainer: pl.Trainer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -158,6 +159,7 @@ class ScoringMeter:
 
 def _begin() -> int | None:
     """Forget the peak of before; bytes in use now."""
+    gc.collect()  # else what an event lets go of garbage hides what it takes
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
