@@ -210,13 +210,16 @@ def test_peak_memory_is_of_the_event_alone(fit):
             return weight.abs()
 
     ballast = torch.ones(2**25)
+    blocks = [torch.ones(2**14) for _ in range(2000)]
+    last = blocks[-1]  # above the others in the heap, which so keeps what they leave
+    del blocks
     peaks = []
     for cls in (Large, type("Small", (WeightPruner,), {"score": lambda self, name, weight: weight.abs()})):
         pruner, meter = cls(0.5), ScoringMeter()
         meter.watch(pruner)
         fit(pruner)
         peaks.append(meter.peak_bytes)
-    assert len(ballast) == 2**25
+    assert (len(ballast), len(last)) == (2**25, 2**14)
     assert 60e6 < peaks[0] < 100e6
     assert peaks[1] < 40e6
 

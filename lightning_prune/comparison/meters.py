@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import sys
 from collections.abc import Callable, Iterator
@@ -165,6 +166,9 @@ def _begin() -> int | None:
         return torch.cuda.memory_allocated()
     if not sys.platform.startswith("linux"):
         return None
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)  # else memory that is free, but was not handed back, is taken again unseen
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark of the resident set begins anew
     except OSError:
