@@ -14,7 +14,6 @@ Where the operators of a module get out of step with the notes, the rest of its 
 from __future__ import annotations
 
 import math
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_prune.graph.trace import around_modules
 
 _WITNESSED = 2**16  # entries looked at of what a choice was made from
 
@@ -107,15 +108,8 @@ class Aligned(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if len(self._places) > 1:
                 self._places.pop()
 
-        first = nn.modules.module.register_module_forward_pre_hook(enter)
-        second = nn.modules.module.register_module_forward_hook(leave, always_call=True)
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Using `torch.compile.module.` when there are global hooks")
-                yield
-        finally:
-            first.remove()
-            second.remove()
+        with around_modules(enter, leave):
+            yield
 
 
 class Record(Aligned):  # type: ignore[no-untyped-call]

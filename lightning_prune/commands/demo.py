@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import platform
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -35,7 +33,7 @@ import lightning_prune
 from lightning_prune.budget import Budget
 from lightning_prune.channel_pruner import ChannelPruner
 from lightning_prune.checkpoint import load_pruned, plan_of
-from lightning_prune.commands import one_line
+from lightning_prune.commands import one_line, quiet
 from lightning_prune.commands.digits import DigitsData, DigitsNet
 from lightning_prune.cost import count
 from lightning_prune.figures import BLUE, INK, PALE, architecture_figure
@@ -78,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
         RuntimeError: if the fresh process did something else.
     """
     if options.check is not None:
-        with _one_thread(), _quiet():
+        with _one_thread(), quiet():
             print(json.dumps(checked(options.check)))
         return 0
     if options.epochs < 1:
@@ -90,7 +88,7 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"{method.__name__} trains the plan of another method; see lightning-prune compare")
     pruner = method(Budget(KEEP.get(method.kind, 0.5) if options.keep is None else options.keep))
     out = options.out or Path("lightning_prune_demo") / method.__module__.rpartition(".")[2]
-    with _one_thread(), _quiet():
+    with _one_thread(), quiet():
         demo(pruner, seed=options.seed, epochs=options.epochs, out=out)
     return 0
 
@@ -352,19 +350,3 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without Lightning's tips and its remarks on small data; our own warnings are heard."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"lightning\.(pytorch|fabric)")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

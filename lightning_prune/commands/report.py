@@ -15,14 +15,11 @@ import copy
 import csv
 import hashlib
 import json
-import logging
 import math
 import platform
 import shlex
 import tempfile
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -33,7 +30,7 @@ from torch import nn
 
 import lightning_prune
 from lightning_prune.checkpoint import load_into, plan_of, read_checkpoint, written_by
-from lightning_prune.commands import PROGRAM, engines, one_line
+from lightning_prune.commands import PROGRAM, engines, one_line, quiet
 from lightning_prune.commands.explain import example_inputs, from_config, imported, made
 from lightning_prune.cost import count
 from lightning_prune.decision import Plan
@@ -315,7 +312,7 @@ def _if_free(network: Network) -> float | None:
 
 def _engines(networks: Sequence[Network], inputs: Any, data: Any, folder: Path, threads: int) -> list[engines.Engine]:
     batches = engines.training_samples(data())
-    with _quiet():
+    with quiet():
         return [
             engine
             for number, network in enumerate(networks)
@@ -385,7 +382,7 @@ def _tested(model: nn.Module, data: Any) -> dict[str, float]:
     """What the module's own ``test_step`` logs."""
     if not isinstance(model, pl.LightningModule):
         raise ValueError(f"--data tests a LightningModule, and {type(model).__name__} is none")
-    with _quiet():
+    with quiet():
         trainer = pl.Trainer(
             accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
             enable_model_summary=False,
@@ -546,19 +543,3 @@ _VERDICT = {
     "gain": "gain",
     "combined_std": "combined std",
 }
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without Lightning's tips and its remarks on small data."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"lightning\.(pytorch|fabric)")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -524,16 +524,30 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._path.pop()
                 self._visits.pop()
 
-        first = nn.modules.module.register_module_forward_pre_hook(enter)
-        second = nn.modules.module.register_module_forward_hook(leave, always_call=True)
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Using `torch.compile.module.` when there are global hooks")
+            with around_modules(enter, leave):
                 yield
         finally:
-            first.remove()
-            second.remove()
             self._path.clear()
+
+
+@contextmanager
+def around_modules(enter: Callable[..., None], leave: Callable[..., None]) -> Iterator[None]:
+    """Call functions before and after whatever module runs, by global hooks, so that no module is touched.
+
+    Args:
+        enter: (module, args), before it runs.
+        leave: (module, args, output), after it; also if it raised.
+    """
+    first = nn.modules.module.register_module_forward_pre_hook(enter)
+    second = nn.modules.module.register_module_forward_hook(leave, always_call=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Using `torch.compile.module.` when there are global hooks")
+            yield
+    finally:
+        first.remove()
+        second.remove()
 
 
 class Call(TorchFunctionMode):

@@ -96,7 +96,7 @@ def test_both_fits_start_from_the_same_weights_and_batches(tmp_path, monkeypatch
             return super().training_step(batch, batch_idx)
 
     monkeypatch.setattr(demo, "DigitsNet", Watched)
-    with demo._quiet():
+    with demo.quiet():
         demo._fitted("dense", 5, 1, tmp_path)
         torch.rand(7)
         demo._fitted("pruned", 5, 1, tmp_path)
@@ -122,7 +122,7 @@ def test_checkpoint_that_does_something_else_is_an_error(tmp_path, monkeypatch, 
 def test_fresh_process_says_what_this_one_does(tmp_path):
     status, report = run(tmp_path, "--method", "taylor_weight")
     assert status == 0
-    with demo._quiet():
+    with demo.quiet():
         assert report["reloaded"] == demo.checked(Path(report["checkpoint"]))["accuracy"]
 
 
@@ -245,7 +245,7 @@ def test_threads_loggers_and_warnings_are_put_back_also_after_an_error():
     torch.set_num_threads(2)
 
     def failing():
-        with demo._one_thread(), demo._quiet():
+        with demo._one_thread(), demo.quiet():
             assert torch.get_num_threads() == 1
             assert logger.level == logging.ERROR
             raise KeyError
@@ -264,7 +264,7 @@ def warn_from(module):
 def test_lightning_s_warnings_are_not_heard_but_ours_are():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with demo._quiet():
+        with demo.quiet():
             warn_from("lightning.pytorch.trainer")
             with pytest.raises(UserWarning, match="changed nothing"):
                 warn_from("lightning_prune.pruner")
