@@ -157,7 +157,7 @@ def grouped_norm(net: CifarResNet, keep: float) -> None:
         else:
             low = ratio
     assert best is not None
-    vars(net).update(vars(best))
+    vars(net).update(vars(best.train()))  # it comes back in eval mode, in which a Trainer would leave it
 
 
 def run(name: str, options: argparse.Namespace, data: dict[str, tuple[Tensor, Tensor]]) -> dict[str, object]:
