@@ -235,7 +235,7 @@ def main() -> None:
     rows = list(csv.DictReader(options.out.open())) if options.out.exists() else []
     with options.out.open("a", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=FIELDS)
-        if not rows:
+        if not file.tell():
             writer.writeheader()
         for name in options.methods:
             wanted = (str(options.depth), name, str(options.keep), str(options.seed))

@@ -103,7 +103,7 @@ def main() -> None:
     begun = "random" if options.weights is None else "trained"
     with options.out.open("a", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=FIELDS)
-        if not rows:
+        if not file.tell():
             writer.writeheader()
         for name in options.methods:
             keep = 1.0 if name == "dense" else options.keep

@@ -111,7 +111,7 @@ def main() -> None:
         wanted = [(name, keep) for name, keep in wanted if name in options.methods]
     with options.out.open("a", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=FIELDS)
-        if not rows:
+        if not file.tell():
             writer.writeheader()
         for method, keep in wanted:
             for seed in options.seeds:
