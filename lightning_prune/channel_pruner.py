@@ -33,7 +33,7 @@ from lightning_prune.loop import forget_compiled
 from lightning_prune.masks import Masks
 from lightning_prune.optimizers import clear
 from lightning_prune.pruner import Pruner, named, one_of, zero_copies
-from lightning_prune.ranking import check_finite, rank_global, rank_uniform
+from lightning_prune.ranking import check_finite, check_finite_weights, rank_global, rank_uniform
 from lightning_prune.state import Fields, reading
 from lightning_prune.statistics import STATE, Statistics
 from lightning_prune.taps import SampleGradients, Watch, watching
@@ -519,6 +519,7 @@ class ChannelPruner(Pruner):
 
     @override
     def _decide_and_apply(self, trainer: pl.Trainer, model: pl.LightningModule, progress: float) -> bool:
+        check_finite_weights(dict(model.named_parameters()))  # else only the proof of a cut finds out
         scores = self._score_all()
         check_finite(scores)
         keep = self._choose(scores, self._budget_at(progress))

@@ -448,6 +448,7 @@ class RankPruner(Pruner):
                 raise
             self._plan = Plan()
             self._cost_now = self._current_cost()
+            self._rows.append({"step": float(self._steps), **self.log_row(trainer, ended=True)})
             rank_zero_warn(f"{type(self).__name__} leaves every layer whole, and the budget is not met: {error}")
             return
         self._plan, self._projected_at = Plan(ranks=ranks), self._steps

@@ -69,6 +69,24 @@ def greedy_order(matrix: Tensor) -> Tensor:
     return torch.tensor(order, dtype=torch.int64)
 
 
+def check_finite_weights(weights: Mapping[str, Tensor]) -> None:
+    """Refuse a network that computes nothing any more; the host waits for the device once.
+
+    Raises:
+        NonFiniteScore: naming the first weight that is NaN or infinite.
+    """
+    seen = {name: weight for name, weight in weights.items() if weight.is_floating_point() and weight.numel()}
+    if not seen:
+        return
+    largest = torch._foreach_norm([weight.detach() for weight in seen.values()], float("inf"))
+    finite = torch.stack([torch.isfinite(norm).to(largest[0].device) for norm in largest]).tolist()
+    if bad := [name for name, fine in zip(seen, finite, strict=True) if not fine]:
+        raise NonFiniteScore(
+            f"weights of {bad[0]!r}{f' and {len(bad) - 1} more' if len(bad) > 1 else ''} are NaN or infinite; "
+            "look at the loss before this event"
+        )
+
+
 def check_finite(scores: Mapping[str, Tensor]) -> None:
     """Refuse scores that say nothing.
 

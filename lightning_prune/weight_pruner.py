@@ -17,12 +17,12 @@ from lightning_prune.batches import own_precision
 from lightning_prune.budget import Budget
 from lightning_prune.cost import Cost
 from lightning_prune.decision import Plan
-from lightning_prune.errors import IncompatibleCheckpoint, NonFiniteScore, NothingToPrune, UnmeetableBudget
+from lightning_prune.errors import IncompatibleCheckpoint, NothingToPrune, UnmeetableBudget
 from lightning_prune.ignore import matching
 from lightning_prune.masks import Masks
 from lightning_prune.optimizers import clear
 from lightning_prune.pruner import Pruner, named, one_of, zero_copies
-from lightning_prune.ranking import rank_weights
+from lightning_prune.ranking import check_finite_weights, rank_weights
 from lightning_prune.state import Fields
 
 
@@ -247,21 +247,13 @@ class WeightPruner(Pruner):
         allowance, price = self._allowance(budget)
         if allowance < 0:
             raise UnmeetableBudget(f"{type(self).__name__}: {budget.keep:g} cannot be met now")
-        self._refuse_not_finite()
+        check_finite_weights(self.weights)
         scores = self.scores(self.weights)
         masks = self.select(scores, allowance, price)
         self._warn_of_empty(masks)
         changed = self.set_masks(masks)
         self._log_scores(trainer, scores, masks)
         return changed
-
-    def _refuse_not_finite(self) -> None:
-        finite = torch.stack([torch.isfinite(weight).all() for weight in self.weights.values()]).tolist()
-        if bad := [name for name, fine in zip(self.weights, finite, strict=True) if not fine]:
-            raise NonFiniteScore(
-                f"weights of {bad[0]!r}{f' and {len(bad) - 1} more' if len(bad) > 1 else ''} are NaN or infinite; "
-                "look at the loss before this event"
-            )
 
     def _warn_of_empty(self, masks: Mapping[str, Tensor]) -> None:
         """Say which layers lose the last of their weights at this event."""

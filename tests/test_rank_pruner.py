@@ -482,6 +482,7 @@ def test_last_projection_that_cannot_be_leaves_the_model_whole_if_asked(fit):
     assert not any(is_pair(module) for module in trainer.lightning_module.modules())
     assert callback.plan.is_empty
     assert callback.report.flops_kept == 1
+    assert callback.report.rows[-1]["prune/flops_kept"] == 1  # what loggers are left with
 
 
 def test_nothing_is_projected_when_one_layer_cannot_be(fit, tiny_net):
