@@ -29,7 +29,7 @@ from lightning_prune.graph.groups import ChannelGraph, Group
 from lightning_prune.graph.views import LayerView
 from lightning_prune.ignore import matching
 from lightning_prune.latency_table import STEPS, LatencyTable, Prediction, latency_table, measured_ms, unpaid
-from lightning_prune.loop import forget_compiled
+from lightning_prune.loop import forget_compiled, loss_scale
 from lightning_prune.masks import Masks
 from lightning_prune.optimizers import clear
 from lightning_prune.pruner import Pruner, named, one_of, zero_copies
@@ -135,17 +135,27 @@ class ChannelPruner(Pruner):
         """(C,) of one batch, read before the optimizer step; summed over the window. None: nothing to measure."""
         return None
 
+    def measure_all(self, views: Mapping[str, Sequence[LayerView]]) -> dict[str, Tensor]:
+        """group -> (C,) of one batch, joined over its producers; by default from `measure`, layer by layer."""
+        found = {name: [self.measure(view) for view in group] for name, group in views.items()}
+        known = {name: [part for part in parts if part is not None] for name, parts in found.items()}
+        return {name: self._joined(parts) for name, parts in known.items() if parts}
+
     def combine(self, joined: Tensor) -> Tensor:
-        """(C,) of one batch, joined over a group's producers, on its way into the sum; squares belong here."""
+        """Of one batch, joined over each group's producers, on its way into the sum; squares belong here.
+
+        Args:
+            joined: (C,), each channel by itself: all groups come side by side.
+        """
         return joined
 
     def observe(self, gate_gradients: Tensor) -> Tensor:
-        """(C,) of one backward pass of training, summed over its samples, for a group; with ``looks_at`` not "weights".
+        """(C,) of one backward pass of training, summed over its samples; with ``looks_at`` not "weights".
 
         Args:
             gate_gradients: (B, C), for each sample's own loss its derivative by a gate on each channel, divided by
                 the number of positions: the mean over positions of map times its gradient, signed, summed over the
-                group's taps.
+                group's taps. Each channel by itself: all groups come side by side.
         """
         raise RuntimeError(f"{type(self).__name__} has no observe()")
 
@@ -441,18 +451,18 @@ class ChannelPruner(Pruner):
             self._stop_watching()
             return
         self._watching.settle()
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        scale = 1.0 if scaler is None else scaler.get_scale()  # what the loss was multiplied with
-        if pl_module.automatic_optimization:
-            scale /= trainer.accumulate_grad_batches
+        scale = loss_scale(trainer) / (trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1)
         self._observe(self._gradients.take(), scale)
 
-    def _observe(self, found: Mapping[str, Tensor], scale: float = 1.0) -> None:
+    def _observe(self, found: Mapping[str, Tensor], scale: Tensor | float = 1.0) -> None:
         """Add what a backward pass says to the window."""
         assert self._statistics is not None
         if found:
+            values: dict[str, Tensor] = {}
             with torch.no_grad():
-                values = {name: self.observe(gradients / scale) for name, gradients in found.items()}
+                for rows in {len(gradients) for gradients in found.values()}:
+                    alike = {name: gradients for name, gradients in found.items() if len(gradients) == rows}
+                    values |= _side_by_side(alike, lambda every: self.observe(every if scale == 1 else every / scale))
             self._statistics.add(values, weight=max(len(gradients) for gradients in found.values()))
 
     def _counts(self, counts: Mapping[str, int]) -> Any:
@@ -508,14 +518,9 @@ class ChannelPruner(Pruner):
     def _measure(self, views: Mapping[str, Sequence[LayerView]]) -> None:
         """Add what a batch's gradients say of these groups to the window."""
         assert self._statistics is not None
-        values = {}
         with torch.no_grad():
-            for name, group in views.items():
-                parts = [part for part in (self.measure(view) for view in group) if part is not None]
-                if parts:
-                    values[name] = self.combine(self._joined(parts))
-        if values:
-            self._statistics.add(values)
+            if joined := self.measure_all(views):
+                self._statistics.add(_side_by_side(joined, self.combine))
 
     @override
     def _decide_and_apply(self, trainer: pl.Trainer, model: pl.LightningModule, progress: float) -> bool:
@@ -774,6 +779,13 @@ class ChannelPruner(Pruner):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)
         self._stop_watching()
+
+
+def _side_by_side(parts: Mapping[str, Tensor], each: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """group -> (..., C): what a function makes of all groups at once, in a few operations however many there are."""
+    sizes = [part.shape[-1] for part in parts.values()]
+    whole = torch.cat(list(parts.values()), dim=-1) if len(parts) > 1 else next(iter(parts.values()))
+    return dict(zip(parts, torch.split(each(whole), sizes, dim=-1), strict=True))
 
 
 def _anchor(view: LayerView, parameters: Mapping[str, Tensor]) -> int:

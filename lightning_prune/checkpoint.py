@@ -6,13 +6,16 @@ import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import init
+from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
 from lightning_prune import surgery
@@ -21,12 +24,19 @@ from lightning_prune.errors import IncompatibleCheckpoint, PruneError
 from lightning_prune.factorise import in_form_of
 
 KEY = "lightning_prune"
+_DRAWS = frozenset((init.uniform_, init.normal_, init.kaiming_uniform_, torch.Tensor.uniform_, torch.Tensor.normal_))
+"""What draws parameters; all functions of `torch.nn.init` come down to these."""
 _M = TypeVar("_M", bound=pl.LightningModule)
 
 
 def add_plan(checkpoint: dict[str, Any], state_key: str, plan: Plan) -> None:
-    """Write a plan into a checkpoint under a plain top-level key, one entry per callback."""
-    checkpoint.setdefault(KEY, {"version": 1, "plans": {}})["plans"][state_key] = plan.state_dict()
+    """Write a plan into a checkpoint under a plain top-level key, one entry per callback.
+
+    Where the callback's own state is in the checkpoint the entry is the one in there, which the file then holds once.
+    """
+    state = checkpoint.get("callbacks", {}).get(state_key, {})
+    written = state["plan"] if "plan" in state else plan.state_dict()
+    checkpoint.setdefault(KEY, {"version": 1, "plans": {}})["plans"][state_key] = written
 
 
 def written_by(checkpoint: Mapping[str, Any]) -> list[str]:
@@ -47,14 +57,16 @@ def plan_of(checkpoint: Mapping[str, Any]) -> Plan | None:
     if not isinstance(entry, Mapping) or not isinstance(entry.get("plans"), Mapping):
         raise IncompatibleCheckpoint(f"the checkpoint's {KEY!r} entry is not one that lightning_prune wrote")
     plans = [Plan.from_state_dict(state) for state in entry["plans"].values()]
-    plan = Plan()
-    for other in plans:
-        plan = plan.merge(other)
-    return plan
+    return reduce(Plan.merge, plans) if plans else Plan()
 
 
-def take_shapes(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+def take_shapes(model: nn.Module, checkpoint: Mapping[str, Any], values: bool = True) -> None:
     """Give a model the shapes of a checkpoint's weights.
+
+    Args:
+        model: dense or cut.
+        checkpoint: with a ``state_dict``.
+        values: see `lightning_prune.surgery.conform`.
 
     Raises:
         IncompatibleCheckpoint: if the checkpoint is of another architecture; nothing has changed then.
@@ -66,9 +78,9 @@ def take_shapes(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     if plan is None or not plan.kept:
         shapes = {name: tuple(value.shape) for name, value in state.items() if isinstance(value, torch.Tensor)}
         with in_form_of(model, shapes):
-            surgery.reshape_like(model, shapes, plan, dense_again=plan is not None)
+            surgery.reshape_like(model, shapes, plan, dense_again=plan is not None, values=values)
         return
-    surgery.conform(model, state, plan)
+    surgery.conform(model, state, plan, values=values)
 
 
 def being_loaded(trainer: pl.Trainer) -> Mapping[str, Any]:
@@ -200,8 +212,49 @@ def load_pruned(cls: type[_M], path: str | Path, *, map_location: Any = None, **
         IncompatibleCheckpoint: if the checkpoint is of another architecture, or its end is missing.
         FileNotFoundError: if there is none.
     """
-    with _taking_shapes(cls), naming(path), _refusing(path, cls):
-        return cls.load_from_checkpoint(path, map_location=map_location, weights_only=True, **arguments)
+    with naming(path), _refusing(path, cls):
+        undrawn = _Undrawn()
+        try:
+            with undrawn, _taking_shapes(cls, undrawn):
+                module = cls.load_from_checkpoint(path, map_location=map_location, weights_only=True, **arguments)
+            if undrawn.all_written():
+                return module
+        except Exception:
+            if undrawn.drew:
+                raise
+        with _taking_shapes(cls):
+            return cls.load_from_checkpoint(path, map_location=map_location, weights_only=True, **arguments)
+
+
+class _Undrawn(TorchFunctionMode):
+    """While it lasts no random values are drawn for parameters: a checkpoint is about to overwrite them.
+
+    To draw them for a dense network takes longer than all else of a load. Whether all was overwritten is seen
+    afterwards: a module of which something was not has to be made again, without this.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drew = True
+        self._versions: dict[Tensor, int] | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._versions is None and func in _DRAWS:
+            tensor = kwargs.get("tensor", args[0] if args else None)
+            if isinstance(tensor, nn.Parameter):
+                self.drew = False
+                with torch.no_grad():
+                    return tensor.zero_()
+        return func(*args, **kwargs)
+
+    def expect(self, module: nn.Module) -> None:
+        """From here on weights are loaded, and what is drawn is meant to be."""
+        self._versions = {tensor: tensor._version for tensor in module.state_dict(keep_vars=True).values()}
+
+    def all_written(self) -> bool:
+        """Whether everything in the module's state got other values since."""
+        return all(tensor._version != version for tensor, version in (self._versions or {}).items())
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -238,7 +291,7 @@ def load_into(model: nn.Module, checkpoint: dict[str, Any]) -> None:
     Raises:
         IncompatibleCheckpoint: if the checkpoint is of another architecture.
     """
-    take_shapes(model, checkpoint)
+    take_shapes(model, checkpoint, values=False)
     try:
         if isinstance(model, pl.LightningModule):
             model.on_load_checkpoint(checkpoint)
@@ -271,20 +324,24 @@ def _why(error: Exception) -> str:
 
 
 @contextmanager
-def _taking_shapes(cls: type[pl.LightningModule]) -> Iterator[None]:
+def _taking_shapes(cls: type[pl.LightningModule], undrawn: _Undrawn | None = None) -> Iterator[None]:
     """For the time of a load the class takes shapes before weights, as a `PrunableModule` always does.
 
     A subclass made for the purpose would not do: a checkpoint of LightningCLI names the class it has to be.
+
+    Args:
+        cls: of what is loaded.
+        undrawn: told when weights are next.
     """
-    if issubclass(cls, PrunableModule):
-        yield
-        return
     own = vars(cls).get("on_load_checkpoint")
     before = cls.on_load_checkpoint
 
     def on_load_checkpoint(module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        take_shapes(module, checkpoint)
+        if not isinstance(module, PrunableModule):
+            take_shapes(module, checkpoint, values=undrawn is None)
         before(module, checkpoint)
+        if undrawn is not None:
+            undrawn.expect(module)
 
     cls.on_load_checkpoint = on_load_checkpoint  # type: ignore[method-assign,assignment]
     try:

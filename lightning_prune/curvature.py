@@ -226,9 +226,13 @@ class Factors:
         return cls(rows.new_zeros(inputs, inputs), rows.new_zeros(outputs, outputs), torch.zeros_like(rows), counts)
 
     @property
-    def finite(self) -> bool:
-        """Whether there is no NaN or infinity in it."""
-        return all(bool(torch.isfinite(value).all()) for value in vars(self).values())
+    def finite(self) -> Tensor:
+        """Whether there is no NaN or infinity in it: 0-d bool, on the device."""
+        return torch.stack([torch.isfinite(value).all() for value in vars(self).values()]).all()
+
+    def where(self, condition: Tensor, other: Factors) -> Factors:
+        """These if a 0-d bool is true, else others."""
+        return Factors(**{name: value.where(condition, getattr(other, name)) for name, value in vars(self).items()})
 
     def blanked(self, inputs: Tensor, outputs: Tensor) -> Factors:
         """Zeros in all rows but those that stay: (n,) indices of each."""
@@ -266,7 +270,7 @@ class Capture:
 
     def __init__(self, layers: Mapping[str, FactorLayer], parameters: Mapping[str, Tensor]) -> None:
         self.open = False
-        self.scale = 1.0
+        self.scale: Tensor | float = 1.0
         self.looks: dict[Call, list[Look]] = {}
         self.sums: dict[str, Factors] = {}
         self._counted: set[tuple[str, int]] = set()
@@ -311,7 +315,8 @@ class Capture:
         values = values * (seen.batch / self.scale)  # of each sample's own loss
         samples = 0 if (layer.weight, seen.forward) in self._counted else seen.batch
         self._counted.add((layer.weight, seen.forward))
-        counts = torch.tensor([samples, len(values), 0], dtype=torch.float64, device=values.device)
+        counts = torch.zeros(3, dtype=torch.float64, device=values.device)
+        counts[0], counts[1] = samples, len(values)  # filled in there: a copy would wait for what the device has to do
         outputs = values.T @ values
         new = Factors(found, outputs, outputs.new_zeros(len(outputs), len(found)), counts)
         before = self.sums.get(layer.weight)
@@ -328,15 +333,13 @@ class RunningFactors:
 
     Attributes:
         layers: those that factors are kept of, by the name of their weight.
-        factors: of the layers that were seen, by that name.
-        skipped: updates that were left out, as not all was finite.
     """
 
     def __init__(self, decay: float) -> None:
         self.decay = decay
         self.layers: dict[str, FactorLayer] = {}
-        self.factors: dict[str, Factors] = {}
-        self.skipped = 0
+        self._factors: dict[str, Factors] = {}  # with counts of 0 where nothing was seen, which only a device knows
+        self._skipped: int | Tensor = 0
         self._cut = Plan()  # what the factors have followed
         self._capture: Capture | None = None
         self._watch: Watch | None = None
@@ -347,7 +350,17 @@ class RunningFactors:
         """Keep factors of the layers with these weights, of those that have some."""
         found = {name: factor_layer(graph, name) for name in dict.fromkeys(weights)}
         self.layers = {name: layer for name, layer in found.items() if isinstance(layer, FactorLayer)}
-        self.factors = {name: factors for name, factors in self.factors.items() if name in self.layers}
+        self._factors = {name: factors for name, factors in self._factors.items() if name in self.layers}
+
+    @property
+    def factors(self) -> dict[str, Factors]:
+        """Factors of the layers that were seen, by the name of their weight; waits for the device."""
+        return {name: found for name, found in self._factors.items() if found.counts[0] > 0}
+
+    @property
+    def skipped(self) -> int:
+        """Updates of a layer that were left out, as not all was finite; waits for the device."""
+        return int(self._skipped)
 
     @property
     def looking(self) -> bool:
@@ -374,7 +387,7 @@ class RunningFactors:
         self._parameters = {}
         self._gradients = {}
 
-    def expect(self, scale: float) -> None:
+    def expect(self, scale: Tensor | float) -> None:
         """The next gradients are of the loss, a mean over samples times a scale; others are not looked at."""
         if self._capture is not None:
             self._capture.open, self._capture.scale = True, scale
@@ -417,11 +430,10 @@ class RunningFactors:
             counts = total(new.counts)
             counts[2] = count
             new = Factors(total(new.inputs), total(new.outputs), gradient.to(new.gradient), counts)
-            if not new.finite:
-                self.skipped += 1
-            elif new.counts[0] > 0:
-                before = self.factors.get(name) or Factors.zeros(new.gradient)
-                self.factors[name] = before.faded(self.decay, new)
+            before = self._factors.get(name) or Factors.zeros(new.gradient)
+            finite = new.finite
+            self._factors[name] = before.faded(self.decay, new).where(finite & (new.counts[0] > 0), before)
+            self._skipped = ~finite + self._skipped
         self.end()
 
     def follow(self, plan: Plan) -> bool:
@@ -436,7 +448,7 @@ class RunningFactors:
         if plan is self._cut:
             return False
         for name, dims in plan.relative_to(self._cut).items():
-            for held in (self.factors, {} if self._capture is None else self._capture.sums):
+            for held in (self._factors, {} if self._capture is None else self._capture.sums):
                 if name in held:
                     held[name] = held[name].cut(*self._rows(name, dims, held[name]))
             if name in self._gradients:
@@ -449,9 +461,9 @@ class RunningFactors:
     def blank(self, plan: Plan) -> None:
         """Zeros in the rows of channels that are held at zero."""
         for name, dims in plan.kept.items():
-            if name in self.factors:
-                found = self.factors[name]
-                self.factors[name] = found.blanked(*self._rows(name, dims, found))
+            if name in self._factors:
+                found = self._factors[name]
+                self._factors[name] = found.blanked(*self._rows(name, dims, found))
 
     def _rows(self, name: str, dims: Mapping[int, Tensor], factors: Factors) -> tuple[Tensor, Tensor]:
         """Rows of A and of G that stay, from the indices that stay on the weight's axes."""
@@ -475,14 +487,14 @@ class RunningFactors:
             shape = (*found["outputs"].shape[:1], *found["inputs"].shape[:1]) if found.keys() == wanted else None
             if shape is None or found["gradient"].shape != shape or found["counts"].shape != (3,):
                 raise IncompatibleCheckpoint(f"the factors of {name!r} in the checkpoint do not fit each other")
-        self.factors = {name: Factors(**found).copy_to(device) for name, found in state["factors"].items()}
+        self._factors = {name: Factors(**found).copy_to(device) for name, found in state["factors"].items()}
         self._cut = Plan.from_state_dict(state["cut"])
-        self.skipped = int(state["skipped"])
+        self._skipped = int(state["skipped"])
 
     def clear(self, cut: Plan) -> None:
         """Forget all; what comes is of a model that was cut to this plan."""
         self.end()
-        self.factors, self.skipped, self._cut = {}, 0, cut
+        self._factors, self._skipped, self._cut = {}, 0, cut
 
 
 def input_rows(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:

@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -72,11 +73,12 @@ class Plan:
             raise ValueError(f"plan names {twice[0]!r} both as parameter and as buffer; it can only be one of them")
         shapes = {name: _checked_shape(name, shape) for name, shape in self.shapes.items() if name in named}
         object.__setattr__(self, "shapes", MappingProxyType(shapes))
+        known: dict[tuple[int, int], Tensor] = {}  # many tensors have their indices in common
         for section in ("kept", "buffers"):
             entries: Mapping[str, Mapping[int, Tensor]] = getattr(self, section)
             checked = {
                 name: MappingProxyType(
-                    {dim: _checked_indices(name, dim, index, shapes[name]) for dim, index in dims.items()}
+                    {dim: _checked_once(name, dim, index, shapes[name], known) for dim, index in dims.items()}
                 )
                 for name, dims in entries.items()
             }
@@ -230,6 +232,18 @@ class Plan:
             ValueError: if this plan keeps an index that the earlier one has removed, or the dense shapes differ; the
                 message names the tensor.
         """
+        known = vars(self).get("_last_relative")  # a cut asks more than once, and it takes a while
+        if known is None or known[0]() is not previous:
+            known = self._remember_relative(previous, self._positions(previous))
+        return {name: dict(dims) for name, dims in known[1].items()}
+
+    def _remember_relative(self, previous: "Plan", positions: dict[str, dict[int, Tensor]]) -> tuple[Any, ...]:
+        """Note what `relative_to` finds, for the time that the earlier plan is held elsewhere."""
+        vars(self)["_last_relative"] = ref(previous), positions
+        found: tuple[Any, ...] = vars(self)["_last_relative"]
+        return found
+
+    def _positions(self, previous: "Plan") -> dict[str, dict[int, Tensor]]:
         _check_same_shapes(previous, self)
         positions: dict[str, dict[int, Tensor]] = {}
         known: dict[tuple[int, int, int], tuple[int | None, Tensor | None]] = {}  # many dims share their indices
@@ -312,9 +326,18 @@ class Plan:
     def state_dict(self) -> dict[str, Any]:
         """Return the plan as tensors, numbers, strings, lists and dicts, which ``torch.load(weights_only=True)`` reads.
 
-        Indices are int64 tensors, masks are uint8 tensors of packed bits.
+        Indices are int64 tensors, masks are uint8 tensors of packed bits. Equal indices are one tensor, which a file
+        then holds once: writing and reading one takes as long for eight numbers as for a thousand.
         """
-        return self._encoded(Tensor.clone, _packed)
+        made: dict[bytes, Tensor] = {}
+
+        def copied(index: Tensor) -> Tensor:
+            content = index.numpy().tobytes()
+            if content not in made:
+                made[content] = index.clone()
+            return made[content]
+
+        return self._encoded(copied, _packed)
 
     @classmethod
     def from_state_dict(cls, state: object) -> "Plan":
@@ -476,6 +499,16 @@ def _checked_shape(name: str, shape: object) -> tuple[int, ...]:
     if math.prod(max(size, 1) for size in shape) > _LARGEST:
         raise ValueError(f"dense shape {shape} of {name!r} is larger than any tensor")
     return tuple(shape)
+
+
+def _checked_once(
+    name: str, dim: int, index: Tensor, shape: tuple[int, ...], known: dict[tuple[int, int], Tensor]
+) -> Tensor:
+    """What `_checked_indices` returns, the same for the same tensor in a dimension of the same size."""
+    key = id(index), shape[dim] if type(dim) is int and 0 <= dim < len(shape) else -1
+    if key not in known:
+        known[key] = _checked_indices(name, dim, index, shape)
+    return known[key]
 
 
 def _checked_indices(name: str, dim: object, index: object, shape: tuple[int, ...]) -> Tensor:
@@ -667,7 +700,7 @@ def _stored(where: str, value: object, dtype: torch.dtype) -> Tensor:
     _check_dense(where, value)
     if not value.is_contiguous():
         raise ValueError(f"{where} must be contiguous, got strides {value.stride()}")
-    return value.detach()
+    return value
 
 
 def _bytes(packed: bytes) -> Tensor:

@@ -258,10 +258,12 @@ def log_histogram(loggers: Iterable[Logger], tag: str, values: Tensor, step: int
 
     Without a finite value nothing is logged, as a histogram of nothing has no range.
     """
+    if not (experiments := list(_experiments(loggers, "add_histogram"))):
+        return
     values = values.detach().float().cpu()
     values = values[values.isfinite()]
     if values.numel():
-        for experiment in _experiments(loggers, "add_histogram"):
+        for experiment in experiments:
             experiment.add_histogram(tag, values, step)
 
 

@@ -36,6 +36,6 @@ def histogram(scores: Tensor, kept: Tensor) -> dict[str, Any]:
         return {}
     low, high = float(values.min()), float(values.max())
     width = (high / BINS - low / BINS) or 1.0  # the difference itself may be too large for a float
-    bins = ((values - low) / width).long().clamp_(0, BINS - 1)
-    counts = [bins[mask].bincount(minlength=BINS).tolist() for mask in (stays, ~stays)]
-    return {"low": low, "high": high, "kept": counts[0], "gone": counts[1]}
+    bins = values.sub_(low).div_(width).long().clamp_(0, BINS - 1).add_(BINS * stays)
+    gone, left = bins.bincount(minlength=2 * BINS).view(2, BINS).tolist()
+    return {"low": low, "high": high, "kept": left, "gone": gone}

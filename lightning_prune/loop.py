@@ -7,7 +7,7 @@ import math
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
-from torch import nn
+from torch import Tensor, nn
 
 
 def expected_steps(trainer: pl.Trainer) -> tuple[int | None, int | None]:
@@ -47,6 +47,19 @@ def _asked_for(trainer: pl.Trainer) -> list[int]:
     """Epochs that were asked for, where averaging has added one that only renews the statistics of norms."""
     averaging = [c for c in trainer.callbacks if isinstance(c, StochasticWeightAveraging)]  # type: ignore[attr-defined]
     return [callback._max_epochs for callback in averaging if callback._max_epochs != -1]
+
+
+def loss_scale(trainer: pl.Trainer) -> Tensor | float:
+    """What the loss is multiplied with: 1, or a gradient scaler's own tensor, as reading it would wait for the device.
+
+    It changes in place when the scaler is updated, after the optimizer step.
+    """
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is None:
+        return 1.0
+    ask = getattr(scaler, "_get_scale_async", None)
+    found: Tensor | float | None = None if ask is None else ask()
+    return scaler.get_scale() if found is None else found
 
 
 def forget_compiled(model: nn.Module) -> None:

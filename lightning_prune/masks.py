@@ -33,7 +33,7 @@ class Masks:
     def __init__(self, parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor]) -> None:
         self._parameters = dict(parameters)
         self._multipliers: dict[str, Tensor] = {}  # 0 or 1, as the parameter: ready to multiply with
-        self._kept: dict[str, int] = {}
+        self._kept: dict[str, int] | None = {}  # None until it is asked for
         self._set(masks)
 
     def _set(self, masks: Mapping[str, Tensor]) -> None:
@@ -61,6 +61,15 @@ class Masks:
         self._set(masks)
         self.zero()
 
+    def switch(self, masks: Mapping[str, Tensor]) -> None:
+        """Replace all masks between events: the device is asked nothing, and values are left as they are.
+
+        Args:
+            masks: name -> bool mask of the shape and on the device of its parameter.
+        """
+        self._multipliers = {name: _like(mask, self._parameters[name]) for name, mask in masks.items()}
+        self._kept = None
+
     def cut(self, positions: Mapping[str, Mapping[int, Tensor]]) -> None:
         """Follow parameters that were cut, and put zeros under the masks: name -> dim -> (n,) positions that stayed."""
         masks = self.as_it_was()
@@ -81,7 +90,7 @@ class Masks:
     @torch.no_grad()
     def hold(self) -> None:
         """Put zeros under the masks once more, after an optimizer step; finite weights are taken for granted."""
-        if self.removed() and (multipliers := self._aligned()):
+        if not self._all_on and (multipliers := self._aligned()):
             torch._foreach_mul_([self._parameters[name] for name in multipliers], list(multipliers.values()))
 
     @torch.no_grad()
@@ -96,7 +105,7 @@ class Masks:
         Raises:
             RuntimeError: if a gradient is sparse.
         """
-        if not self.removed():
+        if self._all_on:
             return
         gradients, multipliers = [], []
         for name, multiplier in self._aligned().items():
@@ -122,7 +131,13 @@ class Masks:
 
     def counts(self) -> dict[str, int]:
         """Return how many entries are kept of each masked parameter."""
+        if self._kept is None:
+            self._kept = {name: int(multiplier.count_nonzero()) for name, multiplier in self._multipliers.items()}
         return dict(self._kept)
+
+    def counted(self) -> dict[str, Tensor]:
+        """Return what `counts` does as 0-d int64 tensors, which do not wait for the device."""
+        return {name: multiplier.count_nonzero() for name, multiplier in self._multipliers.items()}
 
     def of(self, name: str) -> Tensor:
         """Return the bool mask of one parameter, True = keep, on its device."""
@@ -130,17 +145,23 @@ class Masks:
 
     def removed(self) -> int:
         """Return how many entries are masked, over all parameters."""
-        return sum(m.numel() for m in self._multipliers.values()) - sum(self._kept.values())
+        return sum(m.numel() for m in self._multipliers.values()) - sum(self.counts().values())
+
+    @property
+    def _all_on(self) -> bool:
+        """Whether nothing is masked, as far as is known without asking the device."""
+        return self._kept is not None and not self.removed()
 
     def density(self) -> float:
         """Return entries kept / all entries over the masked parameters; 1 if nothing is masked."""
         entries = sum(multiplier.numel() for multiplier in self._multipliers.values())
-        return sum(self._kept.values()) / entries if entries else 1.0
+        return sum(self.counts().values()) / entries if entries else 1.0
 
     def densities(self) -> dict[str, float]:
         """Return entries kept / all entries for each masked parameter."""
+        kept = self.counts()
         return {
-            name: self._kept[name] / multiplier.numel() if multiplier.numel() else 1.0
+            name: kept[name] / multiplier.numel() if multiplier.numel() else 1.0
             for name, multiplier in self._multipliers.items()
         }
 
@@ -160,6 +181,26 @@ class Masks:
             if multiplier.device != parameter.device or multiplier.dtype != parameter.dtype:
                 self._multipliers[name] = _like(multiplier, parameter)
         return self._multipliers
+
+
+@torch.no_grad()
+def clear_off(value: Tensor, mask: Tensor) -> None:
+    """Put zeros where a bool mask is False, in place, also instead of NaN and infinities.
+
+    Nothing is asked of the device, and it is several times as fast as filling: all bits are cleared there.
+
+    Args:
+        value: of any dtype.
+        mask: of its shape, on its device; True = keep.
+    """
+    bits = _BITS.get(value.dtype.itemsize)
+    if bits is None or value.layout != torch.strided:
+        value.masked_fill_(~mask, 0)
+    else:
+        value.view(bits).bitwise_and_(mask.to(bits).neg_())  # -1 is all ones
+
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @torch.no_grad()

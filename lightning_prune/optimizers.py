@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from lightning_prune.errors import IncompatibleCheckpoint
+from lightning_prune.masks import clear_off
 
 State = dict[Any, Any]
 
@@ -131,14 +132,7 @@ def clear(optimizers: Iterable[Any], masks: Mapping[nn.Parameter, Tensor]) -> No
             for parameter, mask in masks.items():
                 for value in _state(optimizer, parameter).values():
                     if isinstance(value, Tensor) and value.shape == mask.shape:
-                        _zero(value, mask.to(value.device))
-
-
-def _zero(value: Tensor, mask: Tensor) -> None:
-    """Put zeros where a mask is False, in place, also instead of NaN."""
-    # multiplying is several times as fast as filling
-    if not value.is_floating_point() or not torch.isfinite(value.mul_(mask.to(value.dtype)).sum()):
-        value.masked_fill_(~mask, 0)
+                        clear_off(value, mask.to(value.device))
 
 
 @dataclass(frozen=True, eq=False)

@@ -57,7 +57,7 @@ from lightning_prune.graph.groups import ChannelGraph
 from lightning_prune.histograms import BY_NAME, histogram
 from lightning_prune.ignore import matching
 from lightning_prune.loop import expected_steps
-from lightning_prune.masks import Masks
+from lightning_prune.masks import Masks, clear_off
 from lightning_prune.optimizers import check, check_states, clear
 from lightning_prune.report import Report
 from lightning_prune.rewind import put_back, take_snapshot
@@ -717,9 +717,9 @@ class Pruner(Callback):
 
     def _run_due(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
         """Run the last of the events that are due; the earlier ones are contained in it."""
-        due = [i for i in range(self._done, len(self._events)) if self._events[i].step <= self._steps]
-        if not due:
+        if self._done == len(self._events) or self._events[self._done].step > self._steps:
             return
+        due = [i for i in range(self._done, len(self._events)) if self._events[i].step <= self._steps]
         started, tells = time.perf_counter(), self._tells(due[-1] + 1)
         self._keeps_scores = tells
         try:
@@ -819,7 +819,8 @@ class Pruner(Callback):
         kept = self._cost_now.flops / max(1, self._dense_cost.flops)
         if first or kept != self._shown:
             self._shown = kept
-            model.log("flops_kept", kept, prog_bar=True, logger=False, on_step=True, on_epoch=False)
+            on_host = torch.full((), kept)  # the bar reads it there without waiting for a device
+            model.log("flops_kept", on_host, prog_bar=True, logger=False, on_step=True, on_epoch=False)
 
     def _log_scores(self, trainer: pl.Trainer, scores: Mapping[str, Tensor], keep: Mapping[str, Tensor]) -> None:
         """Hand scores to the loggers, and keep their histograms, of what stays and what goes, for checkpoints."""
@@ -918,4 +919,5 @@ def named(model: nn.Module, names: Mapping[str, Any]) -> dict[str, nn.Parameter]
 def zero_copies(trainer: pl.Trainer, model: pl.LightningModule, masks: Mapping[str, Tensor]) -> None:
     """Averages of the weights forget what went: else they would bring it back."""
     for copy in _checkpoint.copies(trainer, model):
-        Masks(named(copy, masks), masks).zero()
+        for name, parameter in named(copy, masks).items():
+            clear_off(parameter, masks[name].to(parameter.device))

@@ -23,11 +23,11 @@ def top_mask(scores: Tensor, n: int) -> Tensor:
     """Keep exactly the n largest scores; of equal ones those with the higher index.
 
     Args:
-        scores: any shape.
+        scores: any shape, none NaN.
         n: from 0 to the number of scores.
 
     Returns:
-        bool, the shape of the scores, True = keep.
+        bool, the shape of the scores, True = keep; in time and memory linear in their number.
 
     Raises:
         ValueError: if n is out of range.
@@ -39,9 +39,12 @@ def top_mask(scores: Tensor, n: int) -> Tensor:
     if not 0 <= n <= scores.numel():
         raise ValueError(f"n must be from 0 to the {scores.numel()} scores there are, got {n}")
     flat = scores.detach().reshape(-1)
-    mask = torch.zeros(flat.numel(), dtype=torch.bool, device=flat.device)
-    if n:
-        mask[torch.sort(flat, stable=True).indices[flat.numel() - n :]] = True
+    if not n:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    least = _ascending(flat, flat.numel() - n)
+    mask = flat > least
+    ties = (flat == least).nonzero().reshape(-1)
+    mask[ties[len(ties) - (n - int(mask.count_nonzero())) :]] = True
     return mask.reshape(scores.shape)
 
 
@@ -78,9 +81,12 @@ def check_finite_weights(weights: Mapping[str, Tensor]) -> None:
     seen = {name: weight for name, weight in weights.items() if weight.is_floating_point() and weight.numel()}
     if not seen:
         return
-    largest = torch._foreach_norm([weight.detach() for weight in seen.values()], float("inf"))
-    finite = torch.stack([torch.isfinite(norm).to(largest[0].device) for norm in largest]).tolist()
-    if bad := [name for name, fine in zip(seen, finite, strict=True) if not fine]:
+    lengths = torch._foreach_norm(
+        [weight.detach() for weight in seen.values()]
+    )  # many times as fast as largest entries
+    finite = torch.stack([torch.isfinite(length).to(lengths[0].device) for length in lengths]).tolist()
+    doubtful = [name for name, fine in zip(seen, finite, strict=True) if not fine]  # or so large that squares overflow
+    if bad := [name for name in doubtful if not bool(torch.isfinite(seen[name]).all())]:
         raise NonFiniteScore(
             f"weights of {bad[0]!r}{f' and {len(bad) - 1} more' if len(bad) > 1 else ''} are NaN or infinite; "
             "look at the loss before this event"
@@ -164,8 +170,10 @@ def rank_global(
         else:
             low = middle + 1
     kept = counts(low)
+    full: set[int] = set()  # groups that cannot have more: what did not fit will not when others have more
     for i in sequence[:low].flip(0).tolist():
-        _give_back(kept, names[i], sizes[names[i]], round_to, fits)
+        if i not in full and not _give_back(kept, names[i], sizes[names[i]], round_to, fits):
+            full.add(i)
     return {n: _top(order[n].indices, kept[n]) for n in names}
 
 
@@ -244,10 +252,13 @@ def _least(floor: int, size: int, multiple: int) -> int:
     return max(1, min(size, -(-floor // multiple) * multiple))
 
 
-def _give_back(kept: dict[str, int], name: str, size: int, step: int, fits: Fits) -> None:
+def _give_back(kept: dict[str, int], name: str, size: int, step: int, fits: Fits) -> bool:
+    """Let a group have one more step of its channels, if that fits; whether it did."""
     more = min(size, kept[name] + step)
-    if more > kept[name] and (more % step == 0 or more == size) and fits({**kept, name: more}):
+    given = more > kept[name] and (more % step == 0 or more == size) and fits({**kept, name: more})
+    if given:
         kept[name] = more
+    return given
 
 
 def _top(ascending: Tensor, n: int) -> Tensor:
@@ -285,6 +296,8 @@ def rank_weights(
         raise UnmeetableBudget("the weights that stay whatever happens cost more than the budget")
     if scope == "layer":
         return _weights_by_layer(scores, allowance, prices)
+    if all(each == 1 for each in prices.values()):
+        return _best(scores, allowance)
     names = list(scores)
     dtype = torch.float64 if any(scores[n].dtype == torch.float64 for n in names) else torch.float32
     flat = torch.cat([scores[n].detach().reshape(-1).to(dtype) for n in names])
@@ -294,6 +307,33 @@ def rank_weights(
     mask[order] = _affordable(cost.to(order.device)[order], ~torch.isneginf(flat[order]), allowance)
     parts = torch.split(mask, [scores[n].numel() for n in names])
     return {n: part.reshape(scores[n].shape) for n, part in zip(names, parts, strict=True)}
+
+
+def _best(scores: Mapping[str, Tensor], most: float) -> dict[str, Tensor]:
+    """As many of the best as there may be, over all tensors, none of which is NaN; -inf may not stay.
+
+    Without sorting, in time and memory linear in their number.
+    """
+    flat = {name: score.detach().reshape(-1) for name, score in scores.items()}
+    every = torch.cat([score.float() if score.dtype.itemsize < 4 else score for score in flat.values()])
+    alive = int((every != -torch.inf).count_nonzero())  # a sum of bools takes eight bytes for each
+    n = alive if most >= alive else int(most * (1 + 1e-12))
+    if not n:
+        return {name: torch.zeros_like(score, dtype=torch.bool) for name, score in scores.items()}
+    least = _ascending(every, len(every) - n)
+    masks = {name: score > least for name, score in flat.items()}
+    spare = n - sum(int(mask.count_nonzero()) for mask in masks.values())
+    for name in reversed(masks):  # of equal ones the last
+        ties = (flat[name] == least).nonzero().reshape(-1)
+        taken = min(spare, len(ties))
+        masks[name][ties[len(ties) - taken :]] = True
+        spare -= taken
+    return {name: mask.reshape(scores[name].shape) for name, mask in masks.items()}
+
+
+def _ascending(values: Tensor, place: int) -> Tensor:
+    """(1,): the value at a place of the ascending order."""
+    return values.kthvalue(place + 1, keepdim=True).values  # NumPy's partition takes ten times as long with many -inf
 
 
 def _affordable(cost: Tensor, alive: Tensor, allowance: float) -> Tensor:
@@ -328,4 +368,4 @@ def _weights_by_layer(scores: Mapping[str, Tensor], allowance: float, prices: Ma
         if prices[n] <= left * (1 + 1e-12) and kept[n] < alive[n]:
             kept[n] += 1
             left -= prices[n]
-    return {n: top_mask(s, kept[n]) for n, s in scores.items()}
+    return {n: _best({n: s}, kept[n])[n] for n, s in scores.items()}

@@ -74,8 +74,9 @@ class Notes:
         """Note a layer. Zeros do not count in a length, so it is that of the cut layer."""
         corner = x
         while corner.ndim > 2:
-            corner = corner[..., 0]  # it usually says it, at less cost
-        self.reads[place[0]] = self.reads.get(place[0], False) or bool(corner.any()) or bool(x.any())
+            corner = corner[..., 0]
+        some = corner[:1]  # they usually say it, at less cost
+        self.reads[place[0]] = self.reads.get(place[0], False) or bool(some.any()) or bool(x.any())
         self.lengths[place].append(torch.linalg.vector_norm(out.float() if out.dtype.itemsize < 4 else out))
 
 

@@ -144,7 +144,8 @@ class Statistics:
     @cached_property
     def _window(self) -> ChannelSums:
         """What is summed since the last event; made when it is asked for, as most methods sum nothing."""
-        return ChannelSums(sum(self._sizes.values())).to(self._device)
+        with self._device:  # made there: a copy would wait for what the device has to do
+            return ChannelSums(sum(self._sizes.values())).to(self._device)
 
     def add(self, values: Mapping[str, Tensor], weight: int = 1) -> None:
         """Add what one batch says: group -> (C,); a group that is left out was not measured.

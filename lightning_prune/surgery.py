@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -244,6 +245,10 @@ class _Operation:
         self._shapes = {name: tuple(t.shape) for name, t in self._tensors.items()}
         self._originals = {name: t.detach() for name, t in self._tensors.items()}
         self._trial: dict[str, Tensor] = {}
+        self._alone = _alone(tensors.values())
+        self._left: dict[str, Tensor] = {}  # of parameters, with their own values
+        self._zeroed: list[tuple[Tensor, int, Tensor, Tensor]] = []  # tensor, dimension, indices, what was there
+        self._complements: dict[tuple[int, int], Tensor] = {}
         self._modules = _with_attributes(model, modules, plan)
         self._holders = _holders(modules, [*plan.attributes, *plan.shapes])
         self._attributes = {
@@ -294,30 +299,58 @@ class _Operation:
         self._swapped += [module for module in self._holders if _swap(module)]
         with torch.no_grad():
             for name, tensor in self._tensors.items():
-                _exchange(tensor, _select(self._value(name), self.kept[name]))
+                _exchange(tensor, self._cut(name))
         for name, module in self._modules.items():
             for key, value in self.plan.attributes[name].items():
                 setattr(module, key, value)
 
+    def _cut(self, name: str) -> Tensor:
+        """What is left of a tensor; of a parameter's own values it is made once, to be tried and to stay."""
+        if name in self._trial or not isinstance(self._tensors[name], nn.Parameter):
+            return _select(self._value(name), self.kept[name])
+        if name not in self._left:
+            self._left[name] = _select(self._originals[name], self.kept[name])
+        return self._left[name]
+
     def zero(self, nearly: float = 0.0) -> None:
         """Instead of cutting: removed coordinates at zero, in parameters and in buffers of floating numbers.
+
+        In place, where nothing else shows the same memory: only what was there is copied, not the whole model.
 
         Args:
             nearly: a value to put there instead, for layers that divide by a weight's length.
         """
         with torch.no_grad():
+            self._put_back()
             for name, tensor in self._tensors.items():
                 if not tensor.is_floating_point():
                     continue
-                zeroed = self._value(name).clone()
+                in_place = name not in self._trial and id(tensor) in self._alone
+                if not in_place:
+                    _exchange(tensor, self._value(name).clone())
                 for dim, kept in self.kept[name].items():
-                    zeroed.index_fill_(dim, _complement(kept, zeroed.shape[dim]).to(zeroed.device), nearly)
-                _exchange(tensor, zeroed)
+                    gone = self._complement(kept, tensor.shape[dim]).to(tensor.device)
+                    if in_place:
+                        self._zeroed.append((tensor, dim, gone, tensor.index_select(dim, gone)))
+                    tensor.index_fill_(dim, gone, nearly)
+
+    def _put_back(self) -> None:
+        """Undo what was zeroed in place, the last first: later ones saw zeros of earlier ones."""
+        for tensor, dim, gone, values in reversed(self._zeroed):
+            tensor.index_copy_(dim, gone, values)
+        self._zeroed.clear()
+
+    def _complement(self, kept: Tensor, size: int) -> Tensor:
+        """Many dimensions have their indices in common."""
+        same = id(kept), size
+        if same not in self._complements:
+            self._complements[same] = _complement(kept, size)
+        return self._complements[same]
 
     def gone(self) -> dict[int, Tensor]:
         """Identity of a tensor of one dimension -> the indices that go."""
         return {
-            id(tensor): _complement(self.kept[name][0], self._shapes[name][0])
+            id(tensor): self._complement(self.kept[name][0], self._shapes[name][0])
             for name, tensor in self._tensors.items()
             if tensor.ndim == 1 and 0 in self.kept[name]
         }
@@ -329,6 +362,7 @@ class _Operation:
     def undo(self) -> None:
         """Everything as before."""
         with torch.no_grad():
+            self._put_back()
             for name, tensor in self._tensors.items():
                 _exchange(tensor, self._originals[name])
         while self._swapped:
@@ -361,16 +395,32 @@ class _Operation:
         }
 
 
+def _alone(tensors: Iterable[Tensor]) -> set[int]:
+    """Identities of the tensors that fill memory of their own, each entry once, with no other of them in it."""
+    every = [t for t in tensors if type(t) in (Tensor, nn.Parameter) and t.layout == torch.strided]
+    held = Counter(tensor.untyped_storage()._cdata for tensor in every)
+    return {
+        id(tensor)
+        for tensor in every
+        if held[tensor.untyped_storage()._cdata] == 1 and tensor.untyped_storage().nbytes() == tensor.nbytes
+    }
+
+
 def _exchange(tensor: Tensor, new: Tensor) -> None:
     """Put another storage behind a tensor; under ``no_grad``, so that older graphs notice and DDP need not be told."""
     tensor.set_(new)  # type: ignore[call-overload]
 
 
+def _format_of(tensor: Tensor) -> torch.memory_format:
+    """Whether a tensor's channels lie last in memory."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim)
+    is_last = last is not None and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=last)
+    return last if last is not None and is_last else torch.contiguous_format
+
+
 def _select(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
     """The kept slices, in the tensor's own memory format."""
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim)
-    if last is None or tensor.is_contiguous() or not tensor.is_contiguous(memory_format=last):
-        last = torch.contiguous_format
+    last = _format_of(tensor)
     if len(kept) > 1 and tensor.is_cpu and tensor.numel() > _IN_CACHE:
         return _select_in_pieces(tensor, kept, last)
     for dim, index in kept.items():
@@ -458,7 +508,9 @@ def settle(
     return graph.without(failed) if failed else graph
 
 
-def conform(model: nn.Module, state_dict: Mapping[str, Any] | Plan, plan: Plan | None = None) -> nn.Module:
+def conform(
+    model: nn.Module, state_dict: Mapping[str, Any] | Plan, plan: Plan | None = None, *, values: bool = True
+) -> nn.Module:
     """Give a model the shapes of a pruned state dict, so that it loads; it may shrink or grow.
 
     Args:
@@ -467,6 +519,7 @@ def conform(model: nn.Module, state_dict: Mapping[str, Any] | Plan, plan: Plan |
             becomes two, and the other way round.
         state_dict: the state to be loaded, or a plan alone; at its ranks layers are factorised with their values.
         plan: the plan of that state, which also says module attributes; without it they are told from shapes.
+        values: False leaves what changes its shape without values, as the state is loaded at once.
 
     Returns:
         The same model.
@@ -493,7 +546,7 @@ def conform(model: nn.Module, state_dict: Mapping[str, Any] | Plan, plan: Plan |
         except ValueError as error:
             raise IncompatibleCheckpoint(f"the plan is not of a {type(model).__name__}: {error}") from error
         try:
-            reshape_like(model, state, plan)
+            reshape_like(model, state, plan, values=values)
         except IncompatibleCheckpoint:
             put_back(model, replaced)
             raise
@@ -501,7 +554,11 @@ def conform(model: nn.Module, state_dict: Mapping[str, Any] | Plan, plan: Plan |
 
 
 def reshape_like(
-    model: nn.Module, shapes: Mapping[str, tuple[int, ...]], plan: Plan | None, dense_again: bool = False
+    model: nn.Module,
+    shapes: Mapping[str, tuple[int, ...]],
+    plan: Plan | None,
+    dense_again: bool = False,
+    values: bool = True,
 ) -> list[str]:
     """Exchange storages where shapes differ; returns the names of the tensors that changed.
 
@@ -510,6 +567,7 @@ def reshape_like(
         shapes: what is wanted, by parameter and buffer name.
         plan: the plan those shapes come from, if it is known.
         dense_again: the shapes are known to be of the dense model, which a cut one grows back to.
+        values: False leaves what changes without values, which takes less time where a state follows.
 
     Raises:
         IncompatibleCheckpoint: if a tensor has another number of dimensions, or the plan contradicts the shapes.
@@ -521,12 +579,13 @@ def reshape_like(
     except ValueError as error:
         raise IncompatibleCheckpoint(str(error)) from error
     changed = {n: s for n, s in shapes.items() if n in tensors and tuple(tensors[n].shape) != tuple(s)}
+    largest = _shapes_before_any_cut(model, tensors)
     for name, shape in changed.items():
         now = tuple(tensors[name].shape)
         if len(shape) != len(now) or 0 in shape:
             raise IncompatibleCheckpoint(f"{name!r} has shape {now} in the model and {shape} in the state")
         whole = tuple(shape) if plan is None or name not in plan.shapes else plan.shapes[name]
-        if any(s > n for s, n in zip(whole, _shapes_before_any_cut(model, tensors)[name], strict=True)):
+        if any(s > n for s, n in zip(whole, largest[name], strict=True)):
             raise IncompatibleCheckpoint(
                 f"{name!r} has shape {now} in the model and the larger {whole} in the state, which pruning never makes"
             )
@@ -546,14 +605,17 @@ def reshape_like(
             tensor = tensors[name]
             dense = plan is not None and tuple(tensor.shape) == plan.shapes.get(name)
             kept = (plan.kept.get(name) or plan.buffers.get(name) or {}) if plan is not None else {}
-            new = _select(tensor.detach(), kept) if dense else _resized(tensor.detach(), shape)
+            if not values:
+                new = torch.empty(shape, dtype=tensor.dtype, device=tensor.device, memory_format=_format_of(tensor))
+            else:
+                new = _select(tensor.detach(), kept) if dense else _resized(tensor.detach(), shape)
             tensor.grad = None
             _exchange(tensor, new)
     for owner in owners:
         told_from_shape(modules[owner])
     dense_values = _dense_attributes.setdefault(model, {})
-    for name, values in attributes.items():
-        for key, value in values.items():
+    for name, sizes in attributes.items():
+        for key, value in sizes.items():
             dense_values.setdefault((name, key), getattr(modules[name], key, None))
             setattr(modules[name], key, value)
     _dense_again(model, {name for name, _ in dense_values} - set(attributes))
@@ -630,7 +692,10 @@ def call_dense(model: nn.Module) -> None:
 
 def applied(model: nn.Module) -> Plan:
     """The plan a model has been cut to; an empty one if it was not."""
-    return _applied.setdefault(model, Plan())  # one object, so that who looks often sees at once that nothing changed
+    found = _applied.get(model)  # asked for at every step, and an empty plan takes longer to make than to find
+    if found is None:
+        found = _applied[model] = Plan()  # one object, so that who looks often sees at once that nothing changed
+    return found
 
 
 def compose(previous: Plan, step: Plan) -> Plan:
@@ -643,11 +708,14 @@ def compose(previous: Plan, step: Plan) -> Plan:
     shapes = {**{n: s for n, s in step.shapes.items() if n not in previous.shapes}, **previous.shapes}
     composed: list[dict[str, dict[int, Tensor]]] = []
     joined: dict[tuple[int, int], Tensor] = {}  # many dimensions have their indices in common
+    positions: dict[str, dict[int, Tensor]] = {}
     for before, now in ((previous.kept, step.kept), (previous.buffers, step.buffers)):
         out = {name: dict(dims) for name, dims in before.items()}
         for name, dims in now.items():
             ours = out.setdefault(name, {})
             for dim, kept in dims.items():
+                if len(kept) < (len(ours[dim]) if dim in ours else shapes[name][dim]):
+                    positions.setdefault(name, {})[dim] = kept
                 if dim in ours:
                     both = id(ours[dim]), id(kept)
                     if both not in joined:
@@ -662,4 +730,6 @@ def compose(previous: Plan, step: Plan) -> Plan:
     groups = dict(previous.groups)
     for name, (kept_count, size) in step.groups.items():
         groups[name] = (kept_count, previous.groups[name][1] if name in previous.groups else size)
-    return Plan._of_valid(composed[0], composed[1], shapes, attributes, groups)
+    plan = Plan._of_valid(composed[0], composed[1], shapes, attributes, groups)
+    plan._remember_relative(previous, positions)  # as it was put together, so it need not be taken apart
+    return plan

@@ -345,7 +345,7 @@ class SampleGradients:
         Raises:
             RuntimeError: if some of a group's places ran without gradients, so that only a part was found.
         """
-        out = {name: torch.cat(list(sums.values())) for name, sums in self._sums.items() if sums}
+        out = {name: _joined(list(sums.values())) for name, sums in self._sums.items() if sums}
         found = [(name, forward) for name, sums in self._sums.items() for forward, _ in sums]
         self.clear()
         partly = next((name for name, forward in found if self._blind[name, forward] > 0), None)
@@ -357,6 +357,10 @@ class SampleGradients:
                 "the group in ignore="
             )
         return out
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 @contextmanager

@@ -70,13 +70,18 @@ class WeightPruner(Pruner):
         self.include = [include] if isinstance(include, str) else list(include)
         self.weights: dict[str, nn.Parameter] = {}
         self.kept: dict[str, dict[str, Tensor]] = {}
-        self.regrown = 0
+        self._regrown: int | Tensor = 0
         self._exempt: dict[str, nn.Parameter] = {}
         self._flops: dict[str, int] = {}
         self._dense_sizes: dict[str, int] = {}  # entries in the dense model of every parameter that counts
         self._dense_shapes: dict[str, tuple[int, ...]] = {}
         self._seen = Plan()  # what other callbacks have cut
         self._plan_is_old = False
+
+    @property
+    def regrown(self) -> int:
+        """How many entries were turned on again so far."""
+        return int(self._regrown)
 
     def score(self, name: str, weight: nn.Parameter) -> Tensor:
         """Scores in the shape of one weight, larger = keep."""
@@ -148,7 +153,7 @@ class WeightPruner(Pruner):
         """Masks of a fit that goes on, or of ones."""
         masks = {n: torch.ones(w.shape, dtype=torch.bool) for n, w in self.weights.items()}
         if self._restored is None:
-            self.kept, self.regrown, self._plan_is_old = {}, 0, False
+            self.kept, self._regrown, self._plan_is_old = {}, 0, False
         else:
             planned = self._planned_masks({name: self._dense_shapes[name] for name in self.weights})
             masks |= {name: self._mask_now(name, mask) for name, mask in planned.items()}
@@ -280,7 +285,7 @@ class WeightPruner(Pruner):
         current = self._masks.as_bool()
         new = {**current, **{name: mask.to(current[name].device) for name, mask in masks.items()}}
         different = {name: mask for name, mask in new.items() if not torch.equal(mask, current[name])}
-        self.regrown += sum(int((mask & ~current[name]).count_nonzero()) for name, mask in different.items())
+        self._regrown += sum(int((mask & ~current[name]).count_nonzero()) for name, mask in different.items())
         self._masks.update(new)
         self._plan_is_old = True
         if different and trainer is not None:
@@ -288,6 +293,25 @@ class WeightPruner(Pruner):
             zero_copies(trainer, model, new)
             clear(trainer.optimizers, {self.weights[name]: mask for name, mask in different.items()})
         return bool(different)
+
+    def switch_masks(self, masks: Mapping[str, Tensor]) -> None:
+        """Hold other weights at zero from now on, as `set_masks`, but between events: the device is asked nothing.
+
+        Args:
+            masks: parameter -> bool, True = keep, of all that is masked; the method has put zeros under them.
+        """
+        assert self._masks is not None
+        assert self._at_event is not None
+        trainer, model = self._at_event
+        current = self._masks.as_bool()
+        back = [(mask & ~current[name]).count_nonzero() for name, mask in masks.items()]
+        self._regrown = torch.stack(back).sum() + self._regrown
+        self._masks.switch(masks)
+        self._plan_is_old = True
+        if trainer is not None:
+            assert isinstance(model, pl.LightningModule)
+            zero_copies(trainer, model, masks)
+            clear(trainer.optimizers, {self.weights[name]: mask for name, mask in masks.items()})
 
     @override
     def _current_cost(self) -> Cost:
@@ -334,7 +358,7 @@ class WeightPruner(Pruner):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self.kept = {key: dict(values) for key, values in state_dict["kept"].items()}
-        self.regrown = int(state_dict["regrown"])
+        self._regrown = int(state_dict["regrown"])
         self._plan_is_old = False
 
     @override

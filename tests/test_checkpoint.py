@@ -385,3 +385,50 @@ def test_strategy_loads_as_before_once_a_stage_has_ended(saved, tiny_net, make_t
     else:
         trainer.validate(tiny_net(), make_loader(8), ckpt_path=file, verbose=False, weights_only=True)
     assert "load_checkpoint" not in vars(trainer.strategy)
+
+
+def test_load_draws_no_random_number_for_what_the_checkpoint_holds(saved, tiny_net):
+    folder, model, _ = saved
+    before = torch.get_rng_state()
+    loaded = load_pruned(tiny_net, folder / "epoch=1.ckpt")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert differing(model.state_dict(), loaded.state_dict()) == []
+
+
+def test_load_draws_what_the_checkpoint_leaves_out(saved, tiny_net):
+    class WithoutHead(tiny_net):
+        strict_loading = False
+
+        def on_load_checkpoint(self, checkpoint):
+            checkpoint["state_dict"] = {n: t for n, t in checkpoint["state_dict"].items() if not n.startswith("fc")}
+
+    folder, model, _ = saved
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="not in the checkpoint"):  # Lightning's own
+        loaded = load_pruned(WithoutHead, folder / "epoch=1.ckpt")
+    assert differing(model.state_dict(), loaded.state_dict()) == ["fc.weight", "fc.bias"]
+    assert loaded.fc.weight.count_nonzero() == model.fc.weight.numel()  # drawn, and neither zero nor left over
+    assert float(loaded.fc.weight.detach().abs().max()) <= 12**-0.5  # as nn.Linear draws for 12 inputs
+
+
+def test_load_takes_a_network_that_looks_at_its_first_values(saved, tiny_net):
+    class Careful(tiny_net):
+        def __init__(self, **settings):
+            super().__init__(**settings)
+            if not self.fc.weight.std() > 0:
+                raise ValueError("all weights are equal")
+
+    folder, model, _ = saved
+    loaded = load_pruned(Careful, folder / "epoch=1.ckpt")
+    assert differing(model.state_dict(), loaded.state_dict()) == []
+
+
+def test_file_holds_a_plan_once_and_indices_of_a_group_once(saved):
+    folder, _, callback = saved
+    checkpoint = torch.load(folder / "epoch=1.ckpt", weights_only=True)
+    plan, own = checkpoint[KEY]["plans"][callback.state_key], checkpoint["callbacks"][callback.state_key]["plan"]
+    kept = plan["kept"]
+    assert kept["conv1.weight"]["0"].data_ptr() == own["kept"]["conv1.weight"]["0"].data_ptr()
+    assert kept["conv1.weight"]["0"].data_ptr() == kept["norm1.bias"]["0"].data_ptr()
+    assert kept["conv1.weight"]["0"].data_ptr() == plan["buffers"]["norm1.running_mean"]["0"].data_ptr()
+    assert Plan.from_state_dict(plan) == callback.plan

@@ -517,3 +517,19 @@ def test_digests_tell_what_two_plans_say_differently():
         assert [key for key in base if other.digests()[key] != base[key]] == [name]
     assert plan([0, 2], [True, False], 2).digests() == base
     assert plan([0, 2], [True, False], 3).digests()["g"] != base["g"]
+
+
+def test_state_dict_has_equal_indices_once_and_none_of_the_plans_own():
+    index = torch.tensor([0, 2])
+    plan = Plan(kept={"a": {0: index}, "b": {1: index.clone()}}, shapes={"a": (3,), "b": (4, 3)})
+    state = plan.state_dict()
+    assert state["kept"]["a"]["0"] is state["kept"]["b"]["1"]
+    state["kept"]["a"]["0"][0] = 1
+    assert plan.kept["a"][0].tolist() == [0, 2]
+    assert plan.kept["b"][1].tolist() == [0, 2]
+
+
+def test_index_that_fits_one_of_two_tensors_that_share_it_is_refused():
+    index = torch.tensor([0, 2])
+    with pytest.raises(ValueError, match=r"'b' must be sorted, unique and in \[0, 2\)"):
+        Plan(kept={"a": {0: index}, "b": {0: index}}, shapes={"a": (3,), "b": (2,)})

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from lightning_prune.errors import NonFiniteScore, UnmeetableBudget
 from lightning_prune.ranking import (
     check_finite,
+    check_finite_weights,
     greedy_order,
     rank_global,
     rank_uniform,
@@ -332,3 +333,73 @@ def test_layers_that_keep_all_they_can_leave_the_rest_its_exact_share():
     }
     masks = rank_weights(scores, 160, scope="layer")
     assert {name: int(mask.sum()) for name, mask in masks.items()} == {"a": 110, "b": 20, "c": 30}
+
+
+# a network that computes nothing any more
+
+
+def test_weights_whose_squares_overflow_are_finite_all_the_same():
+    large = {"a": torch.full((4,), 1e30), "b": torch.full((3,), 6e4, dtype=torch.float16), "n": torch.tensor([2**40])}
+    assert not torch.isfinite(torch.linalg.vector_norm(large["a"]))  # what is looked at first
+    check_finite_weights(large)
+    for bad in (math.nan, math.inf, -math.inf):
+        with pytest.raises(NonFiniteScore, match="weights of 'c' and 1 more are NaN or infinite"):
+            check_finite_weights({**large, "c": torch.tensor([1.0, bad]), "d": torch.tensor([bad])})
+
+
+# what came back is asked about no more often than it has to be
+
+
+def given_back_one_by_one(scores, fits, round_to):
+    """`rank_global`, but every unit that went asks again for its group."""
+    names, kept = list(scores), {name: len(score) for name, score in scores.items()}
+    order = sorted((float(s), i, j) for i, name in enumerate(names) for j, s in enumerate(scores[name]))
+
+    def counts(removed):
+        gone = [0] * len(names)
+        for _, i, _ in ascending[:removed]:
+            gone[i] += 1
+        return {n: max(round_count(1, kept[n], round_to), round_count(kept[n] - k, kept[n], round_to))
+                for n, k in zip(names, gone, strict=True)}  # fmt: skip
+
+    last = {}  # the best of each group stay
+    for _, i, j in order:
+        last.setdefault(i, []).append(j)
+    least = {i: set(js[len(js) - round_count(1, len(js), round_to) :]) for i, js in last.items()}
+    ascending = [one for one in order if one[2] not in least[one[1]]]
+    removed = next(r for r in range(len(ascending) + 1) if fits(counts(r)))
+    left = counts(removed)
+    for _, i, _ in reversed(ascending[:removed]):
+        name = names[i]
+        more = min(kept[name], left[name] + round_to)
+        if more > left[name] and (more % round_to == 0 or more == kept[name]) and fits({**left, name: more}):
+            left[name] = more
+    return left
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=6), min_size=1, max_size=4),
+    st.lists(st.integers(1, 4), min_size=4, max_size=4),
+    st.integers(1, 3),
+    st.floats(0, 1),
+)
+def test_what_still_fits_comes_back_as_if_every_unit_asked(values, price, round_to, share):
+    scores = {f"g{i}": torch.tensor(v, dtype=torch.float64) for i, v in enumerate(values)}
+    prices = dict(zip(scores, price, strict=False))
+    floor = sum(prices[n] * round_count(1, len(s), round_to) for n, s in scores.items())
+    whole = sum(prices[n] * len(s) for n, s in scores.items())
+    fits = at_most(floor + share * (whole - floor), **prices)
+    found = rank_global(scores, fits, round_to=round_to)
+    assert {name: int(mask.sum()) for name, mask in found.items()} == given_back_one_by_one(scores, fits, round_to)
+
+
+def test_a_group_that_cannot_have_more_is_not_asked_about_again():
+    asked = []
+
+    def fits(counts):
+        asked.append(counts)
+        return 101 * counts["dear"] + counts["cheap"] <= 150
+
+    scores = {"dear": torch.arange(1000.0), "cheap": torch.tensor([1e3, 1e4])}
+    assert {name: int(mask.sum()) for name, mask in rank_global(scores, fits).items()} == {"dear": 1, "cheap": 2}
+    assert len(asked) < 20

@@ -162,6 +162,72 @@ def test_two_cuts_one_after_the_other_equal_one():
     assert applied(once) == applied(twice)
 
 
+def test_two_cuts_joined_know_what_the_second_does_without_working_it_out():
+    model = make()
+    dense = trace(model, IMAGES)
+    first = dense.plan({**FIRST, "4": torch.ones(5, dtype=torch.bool)})
+    whole = {"0": torch.tensor([True, True, False, True]), "4": FIRST["4"]}
+    both = surgery.compose(first, dense.after(first).plan(whole))
+    worked_out = Plan.from_dict(both.to_dict())  # an equal plan that was not put together
+    assert worked_out == both
+    for earlier in (first, Plan(), Plan.from_dict(first.to_dict()), first):
+        found, expected = both.relative_to(earlier), worked_out.relative_to(earlier)
+        assert same(found, expected)
+        found["0.weight"].clear()  # what is remembered is not what was handed out
+    assert both.relative_to(first)["0.weight"][0].tolist() == [0, 1, 3]
+    assert both.relative_to(Plan())["0.weight"][0].tolist() == [0, 2, 5]
+
+
+def test_zeroing_is_in_place_and_put_back_bit_by_bit():
+    model = make()
+    with torch.no_grad():
+        model[0].weight[1, 0, 0, 0], model[0].weight[4, 0, 0, 0], model[4].weight[2, 1] = torch.nan, -0.0, torch.inf
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    memory = model[4].weight.data_ptr()
+    operation = surgery._Operation(model, trace(make(), IMAGES).plan(FIRST), Plan())
+    for nearly in (0.0, 1e-12):  # the second time without an undo between
+        operation.zero(nearly)
+        assert model[4].weight.data_ptr() == memory
+        assert model[4].weight[2].unique().tolist() == [pytest.approx(nearly)]
+        assert model[4].weight[:, [1, 4]].unique().tolist() == [pytest.approx(nearly)]
+        assert torch.equal(model[0].weight[[0, 2, 3, 5]], before["0.weight"][[0, 2, 3, 5]])
+    operation.undo()
+    for name, tensor in model.state_dict().items():
+        left = (
+            (tensor, before[name])
+            if not tensor.is_floating_point()
+            else (t.view(torch.int32) for t in (tensor, before[name]))
+        )
+        assert torch.equal(*left)
+
+
+def test_zeroing_leaves_others_in_the_same_memory_alone():
+    # 0.weight goes, other shows the same numbers and does not
+    model = nn.Sequential(nn.Linear(2, 4, bias=False), nn.Linear(4, 2, bias=False))
+    model.other = nn.Parameter(model[0].weight.detach().view(-1))
+    kept = torch.tensor([0, 2])
+    plan = Plan(kept={"0.weight": {0: kept}, "1.weight": {1: kept}}, shapes={"0.weight": (4, 2), "1.weight": (2, 4)})
+    before = model.other.detach().clone()
+    operation = surgery._Operation(model, plan, Plan())
+    operation.zero()
+    assert not model[0].weight[[1, 3]].any()
+    assert torch.equal(model.other, before)
+    operation.undo()
+    assert model[0].weight.data_ptr() == model.other.data_ptr()
+
+
+def test_what_is_left_of_a_parameter_is_copied_once_to_be_tried_and_to_stay():
+    model = make()
+    operation = surgery._Operation(model, trace(model, IMAGES).plan(FIRST), Plan())
+    operation.apply()
+    tried = {name: p.data_ptr() for name, p in operation.parameters().items()}
+    expected = copy.deepcopy(model.state_dict())
+    operation.undo()
+    operation.apply()
+    assert {name: p.data_ptr() for name, p in operation.parameters().items()} == tried
+    assert same(dict(model.state_dict()), dict(expected))
+
+
 def test_a_plan_of_a_new_trace_of_the_cut_model_is_understood_as_one():
     once, twice = make(), make()
     cut(once, trace(once, IMAGES).plan({"0": torch.tensor([True, False, False, True, False, False])}))

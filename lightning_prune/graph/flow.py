@@ -93,8 +93,8 @@ class Tap:
             ValueError: if no axis carries the samples.
         """
         moved = tensor.movedim(self.dim, -1)
-        if len(self.indices) * self.indices.shape[1] != moved.shape[-1] or not _is_range(self.indices):
-            moved = moved.index_select(-1, self.indices.reshape(-1).to(tensor.device))
+        if self.indices.numel() != moved.shape[-1] or not self._in_order:
+            moved = moved.index_select(-1, self._on(tensor.device))
         if moved.shape[0] % batch or moved.ndim == 1:
             at = next((d for d, n in enumerate(moved.shape[:-1]) if n == batch), None)
             if at is None:
@@ -106,6 +106,21 @@ class Tap:
         channels, repeats = self.indices.shape
         rows = moved.reshape(batch, -1, channels, repeats)  # (B, P, C, M)
         return rows.permute(0, 2, 1, 3).reshape(batch, channels, -1)
+
+    @cached_property
+    def _in_order(self) -> bool:
+        flat = self.indices.reshape(-1)
+        return bool((flat == torch.arange(len(flat))).all())
+
+    def _on(self, device: torch.device) -> Tensor:
+        """All places in one row on a device, copied there once: a copy waits for what the device has to do."""
+        if device not in self._copies:
+            self._copies[device] = self.indices.reshape(-1).to(device)
+        return self._copies[device]
+
+    @cached_property
+    def _copies(self) -> dict[torch.device, Tensor]:
+        return {}
 
 
 @dataclass(frozen=True)
@@ -311,8 +326,3 @@ def _activation(name: str, function: Callable[..., Any], rest: tuple[Any, ...], 
         return out
 
     return Activation(name.rstrip("_"), apply)
-
-
-def _is_range(indices: Tensor) -> bool:
-    flat = indices.reshape(-1)
-    return bool((flat == torch.arange(len(flat))).all())

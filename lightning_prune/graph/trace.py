@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
@@ -206,7 +207,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         parameters, buffers = records.parameters, records.buffers
         self._ndim = {name: p.ndim for name, p in parameters.items()}
         self._infos: dict[tuple[Any, ...], Info] = {}
-        self._alive: list[Tensor] = []
+        self._held: dict[int, Any] = {}  # of all data that was seen
         self.modules = dict(model.named_modules())
         self._paths = {module: name for name, module in self.modules.items()}
         self._path: list[str] = []
@@ -222,8 +223,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     records.slots.append(Slot(name, dim, size, records.size, name in buffers))
                     records.size += size
                 dims.append(((size, records.labels[name, dim]),) if size > 1 else ())
-            self._infos[_key(tensor)] = Info(dims, param=name)
-            self._alive.append(tensor)
+            self._infos[self._seen(tensor)] = Info(dims, param=name)
         self._offsets = [slot.offset for slot in records.slots]
 
     def sized(self, tensor: Tensor, shape: torch.Size) -> torch.Size:
@@ -305,8 +305,15 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def set(self, tensor: Tensor, dims: Sequence[Dim], source: int | None = None, param: str | None = None) -> None:
         """Give a result its labels."""
-        self._infos[_key(tensor)] = Info(list(dims), source, param)
-        self._alive.append(tensor)
+        self._infos[self._seen(tensor)] = Info(list(dims), source, param)
+
+    def _seen(self, tensor: Tensor) -> tuple[Any, ...]:
+        """The identity of a tensor's data, which stays its own; the data itself may go when the model lets go of it."""
+        key = _key(tensor)
+        if key[0] not in self._held:
+            strided = tensor.layout == torch.strided
+            self._held[key[0]] = StorageWeakRef(tensor.untyped_storage()) if strided else tensor  # type: ignore[no-untyped-call]
+        return key
 
     def same(self, a: Dim, b: Dim, why: str) -> Dim:
         """Two dimensions of equal size stand for the same channels, index by index.
@@ -418,7 +425,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.records.calls[earlier].overwritten = True
         outputs: list[tuple[Dim, ...]] = []
         for i, x in enumerate(outs):
-            key = _key(x)
+            key = self._seen(x)
             info = known.get(key)
             outputs.append(() if info is None else tuple(info.dims))
             made[key] = number, i

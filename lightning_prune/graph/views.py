@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 import torch
@@ -28,7 +28,8 @@ class ConsumerView:
     @property
     def columns(self) -> Tensor:
         """(C, F): all weights of the layer that read each channel."""
-        return _rows(self._weight, self._consumer.dim, self._consumer.indices)
+        weight, dim, indices = self._weight, self._consumer.dim, self._consumer.indices
+        return _rows(weight, dim, indices, _places(indices, weight, dim))
 
 
 class LayerView:
@@ -78,18 +79,18 @@ class LayerView:
     @property
     def filters(self) -> Tensor:
         """(C, F): the weights that make each channel."""
-        return _rows(self.weight, self._producer.dim, self._producer.indices)
+        return self._rows(self.weight, self._producer.dim, self._producer.indices)
 
     def filters_of(self, weight: Tensor) -> Tensor:
         """(C, F): `filters`, out of another tensor of the weight's shape."""
-        return _rows(weight, self._producer.dim, self._producer.indices)
+        return self._rows(weight, self._producer.dim, self._producer.indices)
 
     @property
     def filter_grads(self) -> Tensor | None:
         """(C, F) gradients of `filters`; None before the first backward."""
         if self.weight.grad is None:
             return None
-        return _rows(self.weight.grad, self._producer.dim, self._producer.indices)
+        return self._rows(self.weight.grad, self._producer.dim, self._producer.indices)
 
     @property
     def gamma(self) -> Tensor | None:
@@ -177,6 +178,13 @@ class LayerView:
                         found.append((parameter, dim, None if whole else rows.to(parameter.device)))
         return found
 
+    @cached_property
+    def _is_vector(self) -> bool:
+        """Whether each of its gates has one entry a channel, in order."""
+        return bool(self._gated) and all(
+            parameter.shape == (self.group.size,) and rows is None for parameter, _, rows in self._gated
+        )
+
     @property
     def weight_gradient(self) -> Tensor | None:
         """(C,) sum of w dE/dw over filter and bias; None where a gradient is missing."""
@@ -190,7 +198,7 @@ class LayerView:
     def _entry(self, name: str | None, indices: Tensor) -> Tensor | None:
         if name is None:
             return None
-        return _rows(self._parameters[name], 0, indices).squeeze(1)
+        return self._rows(self._parameters[name], 0, indices).squeeze(1)
 
     def _times_gradient(self, name: str | None, indices: Tensor) -> Tensor | None:
         if name is None:
@@ -198,16 +206,61 @@ class LayerView:
         parameter = self._parameters[name]
         if parameter.grad is None:
             return None
-        return _rows(parameter.detach() * parameter.grad, 0, indices).sum(dim=1)
+        return self._rows(parameter.detach() * parameter.grad, 0, indices).sum(dim=1)
+
+    def _rows(self, tensor: Tensor, dim: int, indices: Tensor) -> Tensor:
+        """As the function, for indices of the producer: copied to the device once, as a copy waits for it."""
+        key = id(indices), tensor.device, tensor.shape[dim]
+        if key not in self._places:
+            self._places[key] = _places(indices, tensor, dim)
+        return _rows(tensor, dim, indices, self._places[key])
+
+    @cached_property
+    def _places(self) -> dict[tuple[int, torch.device, int], Tensor | None]:
+        return {}
 
 
-def _rows(tensor: Tensor, dim: int, indices: Tensor) -> Tensor:
-    """(C, F): for each channel all entries at its (C, M) indices of a dimension."""
+@torch.no_grad()
+def gate_gradients(views: Mapping[str, Sequence[LayerView]]) -> dict[str, Tensor]:
+    """`LayerView.gate_gradient` of all groups, summed over the producers of each.
+
+    Scales and shifts of norms, which most gates are, take as many operations for a hundred groups as for one.
+
+    Returns:
+        group -> (C,); layers of which a gradient is missing add nothing, and groups of only such are left out.
+    """
+    terms: dict[str, list[Tensor]] = {}
+    vectors: list[tuple[str, Tensor, Tensor]] = []
+    for name, group in views.items():
+        for view in group:
+            if view._is_vector:
+                found = [(name, parameter, parameter.grad) for parameter, _, _ in view._gated]
+                known = [(name, value, gradient) for name, value, gradient in found if gradient is not None]
+                vectors += known if len(known) == len(found) else []
+            elif (term := view.gate_gradient) is not None:
+                terms.setdefault(name, []).append(term)
+    if vectors:
+        products = torch._foreach_mul([value for _, value, _ in vectors], [gradient for _, _, gradient in vectors])
+        for (name, _, _), product in zip(vectors, products, strict=True):
+            terms.setdefault(name, []).append(product)
+    for more in range(1, max(map(len, terms.values()), default=0)):
+        longer = [parts for parts in terms.values() if len(parts) > more]
+        torch._foreach_add_([parts[0] for parts in longer], [parts[more] for parts in longer])
+    return {name: terms[name][0] for name in views if name in terms}
+
+
+def _rows(tensor: Tensor, dim: int, indices: Tensor, places: Tensor | None) -> Tensor:
+    """(C, F): for each channel all entries at its (C, M) indices of a dimension; see `_places`."""
     moved = tensor.movedim(dim, 0)
-    flat = indices.reshape(-1)
-    if len(flat) != moved.shape[0] or not _is_range(flat):
-        moved = moved.index_select(0, flat.to(tensor.device))
+    if places is not None:
+        moved = moved.index_select(0, places)
     return moved.reshape(len(indices), -1)
+
+
+def _places(indices: Tensor, tensor: Tensor, dim: int) -> Tensor | None:
+    """(C * M,) indices of a dimension in one row, on a tensor's device; None for all of it in order."""
+    flat = indices.reshape(-1)
+    return None if len(flat) == tensor.shape[dim] and _is_range(flat) else flat.to(tensor.device)
 
 
 def _is_range(indices: Tensor) -> bool:

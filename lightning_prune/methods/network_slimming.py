@@ -24,6 +24,7 @@ from lightning_prune.errors import UnmeetableBudget
 from lightning_prune.graph.flow import Flow
 from lightning_prune.graph.groups import Group
 from lightning_prune.graph.views import LayerView
+from lightning_prune.loop import loss_scale
 from lightning_prune.pruner import Paper, one_of
 from lightning_prune.ranking import Fits
 from lightning_prune.schedule import Iterative, OneShot
@@ -49,7 +50,7 @@ def network_slimming_score(*scales: Tensor) -> Tensor:
     return torch.stack([gamma.abs().mean(dim=1) for gamma in scales]).mean(dim=0)
 
 
-def penalty_gradient(gamma: Tensor, penalty: float) -> Tensor:
+def penalty_gradient(gamma: Tensor, penalty: Tensor | float) -> Tensor:
     """Subgradient of ``penalty * |gamma|`` for each scale, 0 at 0 (eq. 1).
 
     Args:
@@ -155,12 +156,11 @@ class NetworkSlimming(ChannelPruner):
             if gamma is not None and gamma.grad is not None:
                 gamma.grad.addcmul_(penalty_gradient(gamma, penalty), where)
 
-    def _loss_scale(self, optimizer: Optimizer) -> float:
+    def _loss_scale(self, optimizer: Optimizer) -> Tensor | float:
         """What gradients are still multiplied with: fused optimizers divide by the loss scale while they step."""
         trainer = None if self._at_event is None else self._at_event[0]
-        scaler = None if trainer is None else getattr(trainer.precision_plugin, "scaler", None)
         fused = getattr(optimizer, "_step_supports_amp_scaling", False)
-        return float(scaler.get_scale()) if scaler is not None and fused else 1.0
+        return loss_scale(trainer) if trainer is not None and fused else 1.0
 
     @override
     def scores(self, views: Mapping[str, list[LayerView]]) -> dict[str, Tensor]:

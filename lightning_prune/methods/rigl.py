@@ -20,7 +20,7 @@ from lightning_prune.budget import Budget
 from lightning_prune.densities import Distribution, layer_counts, layer_densities
 from lightning_prune.errors import NonFiniteScore
 from lightning_prune.pruner import NotYet, Paper, one_of
-from lightning_prune.ranking import check_finite, top_mask
+from lightning_prune.ranking import top_mask
 from lightning_prune.schedule import OneShot, Schedule, Updates
 from lightning_prune.state import Fields
 from lightning_prune.weight_pruner import WeightPruner
@@ -232,7 +232,6 @@ class RigL(WeightPruner):
     def _updated(self, scores: Mapping[str, Tensor], counts: Mapping[str, int]) -> dict[str, Tensor]:
         """New masks of the weights that are open; where no gradient says what could grow, a mask stays."""
         growth = self._growth()
-        check_finite({name: scores[name][self.alive(name)] for name in growth})
         fraction = drop_fraction(self.steps, self._end(), self.alpha)
         return {
             name: drop_and_grow(self.weights[name], self.alive(name), size, fraction, counts[name])

@@ -20,6 +20,7 @@ from typing_extensions import override
 
 from lightning_prune.budget import Budget
 from lightning_prune.errors import NonFiniteScore
+from lightning_prune.masks import clear_off
 from lightning_prune.pruner import Paper, one_of
 from lightning_prune.schedule import OneShot
 from lightning_prune.state import Fields
@@ -153,9 +154,10 @@ class SparseConnectivityLearning(WeightPruner):
         self.mask_lr = mask_lr
         self._check()
         self._features: dict[str, int] = {}  # parameter -> dim of its output channels
-        self._learned: set[str] = set()  # parameters that had a gradient
-        self._met = False  # no more is on than the budget allows
-        self._left_out = 0  # steps with a gradient that was not finite
+        # what steps find out stays on the device, which no step waits for
+        self._learned: dict[str, bool | Tensor] = {}  # whether a parameter had a gradient that was finite
+        self._met: bool | Tensor = False  # no more is on than the budget allows
+        self._left_out: int | Tensor = 0  # steps with a gradient that was not finite
 
     def _check(self) -> None:
         for name, value, allowed in (
@@ -178,7 +180,7 @@ class SparseConnectivityLearning(WeightPruner):
 
     @override
     def initialise(self) -> None:
-        self._learned, self._left_out = set(), 0
+        self._learned, self._left_out = {}, 0
         if self.budget.keep < 1 or self.as_learned:
             self._begin()
             self.kept["mask"] = {name: self._variables(name, weight) for name, weight in self.weights.items()}
@@ -187,12 +189,12 @@ class SparseConnectivityLearning(WeightPruner):
 
     @override
     def own_state(self) -> dict[str, Any]:
-        return {"learned": sorted(self._learned), "met": self._met}
+        return {"learned": sorted(name for name, had in self._learned.items() if had), "met": bool(self._met)}
 
     @override
     def load_own_state(self, state: dict[str, Any]) -> None:
         self._begin()
-        self._learned, self._met = set(state["learned"]), state["met"]
+        self._learned, self._met = dict.fromkeys(state["learned"], True), state["met"]
 
     def _begin(self) -> None:
         modules = self.model.named_modules()
@@ -216,26 +218,33 @@ class SparseConnectivityLearning(WeightPruner):
                 "does not train (requires_grad=False); unless it does before the freezing point, list it in ignore="
             )
 
-    @property
-    def _learning(self) -> bool:
-        return "mask" in self.kept and not (self._met and self.at_budget == "freeze")
-
     @override
     def before_step(self, optimizer: Optimizer, held: Mapping[str, nn.Parameter]) -> None:
         gradients = {name: p.grad for name, p in held.items() if p.grad is not None}
-        if not self._learning:
+        if "mask" not in self.kept or not gradients:
             return
-        if not _finite(gradients.values()):  # 16-bit precision leaves such a step out
-            self._left_out += 1
-            return
-        rate, pressures = self._rate(), self._pressures()
+        finite = _finite(gradients.values())  # 16-bit precision leaves a step out that is not
+        self._left_out = ~finite + self._left_out
+        moves = finite & ~self._met_on(finite) if self.at_budget == "freeze" else finite
+        rate, pressures, presses = self._rate(), self._pressures(), self._presses(finite)
         for name, variables in self.kept["mask"].items():
             if name not in gradients:
                 continue
             value = held[name] + self.kept["parked"][name]  # one of the two is zero
             task = mask_gradient(gradients[name], value, variables.shape)
-            variables.sub_(normalised(task, self._features[name], self.norm).add_(pressures[name]), alpha=rate)
-            self._learned.add(name)
+            step = normalised(task, self._features[name], self.norm).add_(presses, alpha=pressures[name])
+            variables.sub_(step.masked_fill_(~moves, 0), alpha=rate)
+            self._learned[name] = finite | self._learned.get(name, False)
+
+    def _met_on(self, other: Tensor) -> Tensor:
+        """Whether the budget is met, 0-d bool, beside another tensor."""
+        return torch.full_like(other, self._met) if isinstance(self._met, bool) else self._met
+
+    def _presses(self, other: Tensor) -> Tensor:
+        """1 while the pressure is on, else 0: 0-d float32, beside another tensor."""
+        if self.at_budget == "release":
+            return (~self._met_on(other)).float()
+        return torch.ones_like(other, dtype=torch.float32)
 
     def _rate(self) -> float:
         steps = self.events[-1].step
@@ -244,8 +253,6 @@ class SparseConnectivityLearning(WeightPruner):
 
     def _pressures(self) -> dict[str, float]:
         """Parameter -> lam, times how many weights one of its variables switches, by how many one does on average."""
-        if self._met and self.at_budget == "release":
-            return dict.fromkeys(self.weights, 0.0)
         variables = sum(tensor.numel() for tensor in self.kept["mask"].values())
         average = sum(weight.numel() for weight in self.weights.values()) / variables
         return {name: self.lam * self._switched(name) / average for name in self.weights}
@@ -255,11 +262,11 @@ class SparseConnectivityLearning(WeightPruner):
 
     @override
     def after_step(self) -> None:
-        if not self._learning:
+        if "mask" not in self.kept:
             return
         masks = self._connected()
         self._exchange(masks)
-        self.set_masks(masks)
+        self.switch_masks(masks)
         self._met = self._affordable()
 
     def _connected(self) -> dict[str, Tensor]:
@@ -273,27 +280,26 @@ class SparseConnectivityLearning(WeightPruner):
         """
         parked = self.kept["parked"]
         for name, mask in masks.items():
-            value = self.weights[name] + parked[name]
-            torch.mul(value, mask.to(value.dtype), out=self.weights[name])  # many times faster than filling
-            parked[name] = value.sub_(self.weights[name])
-            if not value.sum().isfinite():  # NaN - NaN is NaN: it would stay for good, and spoil mask variables
-                self.weights[name].masked_fill_(~mask, 0)
-                value.masked_fill_(mask | ~value.isfinite(), 0)
+            parked[name].copy_(self.weights[name].add_(parked[name]))
+            clear_off(self.weights[name], mask)
+            clear_off(parked[name], ~mask)
+            parked[name].nan_to_num_(0, 0, 0)  # it would stay for good, and spoil mask variables
 
-    def _affordable(self) -> bool:
-        """Whether what is on fits the budget."""
+    def _affordable(self) -> Tensor:
+        """Whether what is on fits the budget: 0-d bool, on the device."""
         assert self._masks is not None
         allowance, price = self._allowance(self.budget)
-        return sum(price[name] * kept for name, kept in self._masks.counts().items()) <= allowance * (1 + 1e-12)
+        spent = [kept.double() * price[name] for name, kept in self._masks.counted().items()]
+        return torch.stack(spent).sum() <= allowance * (1 + 1e-12)
 
     @override
     def scores(self, weights: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
         if "mask" not in self.kept:  # all of it is to be kept
             return {name: torch.zeros_like(weight) for name, weight in weights.items()}
-        untouched = sorted(weights.keys() - self._learned)
+        untouched = sorted(name for name in weights if not self._learned.get(name, False))
         if untouched and self._left_out:
             raise NonFiniteScore(
-                f"SparseConnectivityLearning has learned nothing of {untouched[0]!r}: in {self._left_out} steps a "
+                f"SparseConnectivityLearning has learned nothing of {untouched[0]!r}: in {int(self._left_out)} steps a "
                 "gradient was NaN or infinite; look at the loss"
             )
         if untouched:
@@ -318,6 +324,7 @@ class SparseConnectivityLearning(WeightPruner):
         return masks
 
 
-def _finite(gradients: Iterable[Tensor]) -> bool:
+def _finite(gradients: Iterable[Tensor]) -> Tensor:
+    """Whether all of them are: 0-d bool, on the device."""
     sums = [gradient.sum(dtype=torch.float32) for gradient in gradients]  # what is not finite stays so in a sum
-    return not sums or bool(torch.stack(sums).isfinite().all())
+    return torch.stack(sums).isfinite().all()

@@ -37,6 +37,7 @@ from lightning_prune.curvature import (
 from lightning_prune.errors import NonFiniteScore, UnmeetableBudget
 from lightning_prune.graph.groups import ChannelGraph, Group, Producer
 from lightning_prune.graph.views import LayerView
+from lightning_prune.loop import loss_scale
 from lightning_prune.pruner import Paper, named
 from lightning_prune.ranking import top_mask
 from lightning_prune.schedule import Gradual, Schedule
@@ -222,9 +223,9 @@ class Spectral(ChannelPruner):
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         super().on_before_backward(trainer, pl_module, loss)
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        scale = 1.0 if scaler is None else scaler.get_scale()  # what the loss was multiplied with
-        self._running.expect(scale / (trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1))
+        self._running.expect(
+            loss_scale(trainer) / (trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1)
+        )
 
     @override
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -20,7 +20,7 @@ from typing_extensions import override
 from lightning_prune.budget import Budget
 from lightning_prune.channel_pruner import ChannelPruner
 from lightning_prune.graph.groups import Group
-from lightning_prune.graph.views import LayerView
+from lightning_prune.graph.views import LayerView, gate_gradients
 from lightning_prune.pruner import Paper, one_of
 from lightning_prune.schedule import Iterative, at_a_time
 from lightning_prune.statistics import SampleSums
@@ -183,6 +183,10 @@ class TaylorWeight(ChannelPruner):
     @override
     def measure(self, view: LayerView) -> Tensor | None:
         return view.gate_gradient if self.on == "gate" else view.weight_gradient
+
+    @override
+    def measure_all(self, views: Mapping[str, Sequence[LayerView]]) -> dict[str, Tensor]:
+        return gate_gradients(views) if self.on == "gate" else super().measure_all(views)
 
     @override
     def combine(self, joined: Tensor) -> Tensor:

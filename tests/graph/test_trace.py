@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from lightning_prune.errors import TraceError
 from lightning_prune.graph.trace import output_tensors, record, samples, undisturbed
@@ -26,6 +27,21 @@ def two_layers(net, forward=lambda n, x: n.b(n.a(x).relu()), **more):
 
 
 ROWS = torch.randn(2, 5, generator=torch.Generator().manual_seed(0))
+
+
+def test_what_the_model_lets_go_of_is_not_held_until_the_trace_ends(net):
+    gone = []
+
+    def forward(n, x):
+        hidden = n.a(x)
+        held = StorageWeakRef(hidden.untyped_storage())
+        out = n.b(hidden.relu())
+        del hidden
+        gone.append(held.expired())
+        return out
+
+    assert [group.size for group in trace(two_layers(net, forward), ROWS).groups] == [6]
+    assert all(gone)
 
 
 # what is left behind

@@ -1,10 +1,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import nn
 
 from lightning_prune import trace
-from lightning_prune.graph.views import LayerView
+from lightning_prune.graph.views import LayerView, gate_gradients
 
 
 def views(model, x):
@@ -133,3 +134,30 @@ def test_filters_are_one_row_per_channel_of_the_group(groups):
     for group in views(model, torch.zeros(1, 2, 8, 8)).values():
         for view in group:
             assert view.filters.shape[0] == view.group.size
+
+
+@pytest.mark.parametrize("name", ["resnet18", "densenet", "transformer", "tiny"])
+def test_gate_gradients_of_all_groups_are_those_of_their_layers_added_up(name, tiny_net):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    model, x = {
+        "resnet18": (torchvision.models.resnet18(num_classes=5), torch.randn(2, 3, 32, 32)),
+        "densenet": (torchvision.models.DenseNet(8, (2, 2), 16, num_classes=5), torch.randn(2, 3, 32, 32)),
+        "transformer": (nn.Sequential(nn.Linear(8, 16), nn.TransformerEncoder(layer, 1)), torch.randn(2, 3, 8)),
+        "tiny": (tiny_net(), torch.randn(2, 1, 8, 8)),
+    }[name]
+    parameters = dict(model.named_parameters())
+    graph = trace(model, x)
+    found = {g.name: [LayerView(g, p, parameters, graph) for p in g.producers] for g in graph.groups if g.producers}
+    assert gate_gradients(found) == {}  # there is none yet
+    model(x).square().sum().backward()
+    assert_added_up(found)
+    spared = next(parameter for layers in found.values() for parameter, _, _ in layers[0]._gated)
+    spared.grad = None  # what is missing adds nothing
+    assert_added_up(found)
+
+
+def assert_added_up(found):
+    parts = {group: [layer.gate_gradient for layer in layers] for group, layers in found.items()}
+    known = {group: [part for part in each if part is not None] for group, each in parts.items()}
+    torch.testing.assert_close(gate_gradients(found), {group: sum(each) for group, each in known.items() if each})
