@@ -199,6 +199,9 @@ class PrunableModule:
 def load_pruned(cls: type[_M], path: str | Path, *, map_location: Any = None, **arguments: Any) -> _M:
     """Load a Lightning checkpoint of a pruned module, whatever its class knows of pruning.
 
+    No random numbers are drawn for parameters that the checkpoint holds. A class whose ``__init__`` cannot do without
+    them, or of which the checkpoint leaves something out, is made a second time, with them.
+
     Args:
         cls: the module's class.
         path: the checkpoint; read with ``weights_only``, so that nothing in it is run.
@@ -231,6 +234,9 @@ class _Undrawn(TorchFunctionMode):
 
     To draw them for a dense network takes longer than all else of a load. Whether all was overwritten is seen
     afterwards: a module of which something was not has to be made again, without this.
+
+    Attributes:
+        drew: whether everything has been done so far as it would be without this.
     """
 
     def __init__(self) -> None:
@@ -250,10 +256,13 @@ class _Undrawn(TorchFunctionMode):
 
     def expect(self, module: nn.Module) -> None:
         """From here on weights are loaded, and what is drawn is meant to be."""
-        self._versions = {tensor: tensor._version for tensor in module.state_dict(keep_vars=True).values()}
+        self.drew = False
+        buffers = [b for m in module.modules() for k, b in m._buffers.items() if k not in m._non_persistent_buffers_set]
+        tensors = [*module.parameters(), *(buffer for buffer in buffers if buffer is not None)]
+        self._versions = {tensor: tensor._version for tensor in tensors}  # whatever its ``state_dict`` says it has
 
     def all_written(self) -> bool:
-        """Whether everything in the module's state got other values since."""
+        """Whether all parameters, and buffers that a checkpoint holds, got other values since."""
         return all(tensor._version != version for tensor, version in (self._versions or {}).items())
 
 
@@ -291,7 +300,7 @@ def load_into(model: nn.Module, checkpoint: dict[str, Any]) -> None:
     Raises:
         IncompatibleCheckpoint: if the checkpoint is of another architecture.
     """
-    take_shapes(model, checkpoint, values=False)
+    take_shapes(model, checkpoint)
     try:
         if isinstance(model, pl.LightningModule):
             model.on_load_checkpoint(checkpoint)

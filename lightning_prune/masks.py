@@ -33,7 +33,8 @@ class Masks:
     def __init__(self, parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor]) -> None:
         self._parameters = dict(parameters)
         self._multipliers: dict[str, Tensor] = {}  # 0 or 1, as the parameter: ready to multiply with
-        self._kept: dict[str, int] | None = {}  # None until it is asked for
+        self._kept: dict[str, int] | None = {}  # None until it is asked for, as is what follows
+        self._removed: int | None = 0
         self._set(masks)
 
     def _set(self, masks: Mapping[str, Tensor]) -> None:
@@ -49,6 +50,7 @@ class Masks:
         multipliers = {name: _like(mask, self._parameters[name]) for name, mask in masks.items()}
         kept = {name: int(mask.count_nonzero()) for name, mask in masks.items()}
         self._multipliers, self._kept = multipliers, kept
+        self._removed = sum(mask.numel() for mask in masks.values()) - sum(kept.values())
 
     def update(self, masks: Mapping[str, Tensor]) -> None:
         """Replace all masks and put zeros under the new ones; a parameter that is not named is no longer masked.
@@ -68,7 +70,7 @@ class Masks:
             masks: name -> bool mask of the shape and on the device of its parameter.
         """
         self._multipliers = {name: _like(mask, self._parameters[name]) for name, mask in masks.items()}
-        self._kept = None
+        self._kept = self._removed = None
 
     def cut(self, positions: Mapping[str, Mapping[int, Tensor]]) -> None:
         """Follow parameters that were cut, and put zeros under the masks: name -> dim -> (n,) positions that stayed."""
@@ -90,7 +92,7 @@ class Masks:
     @torch.no_grad()
     def hold(self) -> None:
         """Put zeros under the masks once more, after an optimizer step; finite weights are taken for granted."""
-        if not self._all_on and (multipliers := self._aligned()):
+        if self._removed != 0 and (multipliers := self._aligned()):
             torch._foreach_mul_([self._parameters[name] for name in multipliers], list(multipliers.values()))
 
     @torch.no_grad()
@@ -105,7 +107,7 @@ class Masks:
         Raises:
             RuntimeError: if a gradient is sparse.
         """
-        if self._all_on:
+        if self._removed == 0:
             return
         gradients, multipliers = [], []
         for name, multiplier in self._aligned().items():
@@ -145,12 +147,9 @@ class Masks:
 
     def removed(self) -> int:
         """Return how many entries are masked, over all parameters."""
-        return sum(m.numel() for m in self._multipliers.values()) - sum(self.counts().values())
-
-    @property
-    def _all_on(self) -> bool:
-        """Whether nothing is masked, as far as is known without asking the device."""
-        return self._kept is not None and not self.removed()
+        if self._removed is None:
+            self._removed = sum(m.numel() for m in self._multipliers.values()) - sum(self.counts().values())
+        return self._removed
 
     def density(self) -> float:
         """Return entries kept / all entries over the masked parameters; 1 if nothing is masked."""

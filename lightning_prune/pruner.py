@@ -25,6 +25,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, is_dataclass
+from functools import cached_property
 from itertools import combinations
 from typing import Any, ClassVar, Literal
 
@@ -431,11 +432,14 @@ class Pruner(Callback):
         text = f"{run}/{type(self).__name__}/{purpose}"
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
-    @property
+    @cached_property
     @override
-    def state_key(self) -> str:
-        scope = f"{sorted(self.ignore)}/{self.budget}/{self.schedule}"
-        return f"{type(self).__name__}-{hashlib.sha256(scope.encode()).hexdigest()[:8]}"
+    def state_key(self) -> str:  # the Trainer asks for it at every hook, a dozen times a step
+        return f"{type(self).__name__}-{hashlib.sha256(self._scope().encode()).hexdigest()[:8]}"
+
+    def _scope(self) -> str:
+        """What tells this callback from others of its class in a checkpoint."""
+        return f"{sorted(self.ignore)}/{self.budget}/{self.schedule}"
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -6,7 +6,6 @@ them to; shapes stay, and optimizers know nothing of it. After the fit each laye
 
 from __future__ import annotations
 
-import hashlib
 import math
 import weakref
 from abc import abstractmethod
@@ -170,11 +169,9 @@ class RankPruner(Pruner):
             (N, K), of that rank where ``view.closing``, and the (n,) singular values it was decided by, falling.
         """
 
-    @property
     @override
-    def state_key(self) -> str:
-        own = f"{super().state_key}/{self.goal}/{self.ranks}/{self.keep}/{self.min_rank}/{self.classifier}"
-        return f"{type(self).__name__}-{hashlib.sha256(own.encode()).hexdigest()[:8]}"
+    def _scope(self) -> str:
+        return f"{super()._scope()}/{self.goal}/{self.ranks}/{self.keep}/{self.min_rank}/{self.classifier}"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_fitted": None}  # a weak reference cannot travel

@@ -411,6 +411,26 @@ def test_load_draws_what_the_checkpoint_leaves_out(saved, tiny_net):
     assert float(loaded.fc.weight.detach().abs().max()) <= 12**-0.5  # as nn.Linear draws for 12 inputs
 
 
+def test_load_draws_what_a_module_does_not_call_its_state(saved, tiny_net):
+    class Adapter(tiny_net):
+        strict_loading = False
+
+        def state_dict(self, *args, **settings):
+            return {n: t for n, t in super().state_dict(*args, **settings).items() if not n.startswith("fc")}
+
+        def on_load_checkpoint(self, checkpoint):
+            checkpoint["state_dict"] = {n: t for n, t in checkpoint["state_dict"].items() if not n.startswith("fc")}
+
+        def load_state_dict(self, state_dict, **settings):
+            return super(tiny_net, self).load_state_dict(state_dict, strict=False)
+
+    folder, model, _ = saved
+    with pytest.warns(UserWarning, match="not in the checkpoint"):  # Lightning's own
+        loaded = load_pruned(Adapter, folder / "epoch=1.ckpt")
+    assert torch.equal(loaded.hidden.weight, model.hidden.weight)
+    assert loaded.fc.weight.count_nonzero() == model.fc.weight.numel()
+
+
 def test_load_takes_a_network_that_looks_at_its_first_values(saved, tiny_net):
     class Careful(tiny_net):
         def __init__(self, **settings):

@@ -246,3 +246,12 @@ def test_what_is_out_of_step_runs_as_it_stands_to_the_end_of_its_module():
         out = model(x[:, KEPT])
     assert out.tolist() == [[pytest.approx(2 / 4 / 6)] * 4]  # 4: its own width, out of step; 6: that of before
     assert [text[-5:] for text in replay.inexact] == ["in 1)"]
+
+
+def test_a_layer_that_reads_zeros_in_its_first_rows_is_not_dead():
+    notes, x = Notes(), torch.zeros(3, 6)
+    notes.layer(("fc", 0), x, x)
+    assert notes.is_dead
+    x[2, 5] = 1  # a padded sample comes before it
+    notes.layer(("fc", 1), x, x)
+    assert not notes.is_dead
