@@ -83,7 +83,7 @@ class Transformer(nn.Module):
 
 NETS: Mapping[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "resnet50": (lambda: torchvision.models.resnet50(num_classes=10), (3, 224, 224), 8),
-    "transformer": (Transformer, (64, 32), 8),
+    "transformer": (Transformer, (64, 32), 32),
     "digits": (DigitsNet, (1, 8, 8), 64),
 }
 
@@ -331,7 +331,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=list(NETS), default=list(NETS))
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--batch", type=int, help="default: 8, 8 and 64")
+    parser.add_argument("--batch", type=int, help="default: 8, 32 and 64")
     parser.add_argument("--steps", type=int, help="default: 30 of resnet50, 300 of the others")
     parser.add_argument("--accelerator", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--precision", default="32-true")

@@ -459,10 +459,11 @@ class ChannelPruner(Pruner):
         assert self._statistics is not None
         if found:
             values: dict[str, Tensor] = {}
+            whole = isinstance(scale, float) and scale == 1  # a tensor would have to be waited for
             with torch.no_grad():
                 for rows in {len(gradients) for gradients in found.values()}:
                     alike = {name: gradients for name, gradients in found.items() if len(gradients) == rows}
-                    values |= _side_by_side(alike, lambda every: self.observe(every if scale == 1 else every / scale))
+                    values |= _side_by_side(alike, lambda every: self.observe(every if whole else every / scale))
             self._statistics.add(values, weight=max(len(gradients) for gradients in found.values()))
 
     def _counts(self, counts: Mapping[str, int]) -> Any:
@@ -640,6 +641,8 @@ class ChannelPruner(Pruner):
         plan = surgery.compose(since, step)
         compensation = self.compensate(keep)
         before = compensation.apply(model)
+        if model.automatic_optimization:  # they are of the step that was made; the next one starts without
+            model.zero_grad()
         try:
             surgery.cut(
                 model,

@@ -325,9 +325,8 @@ class SampleGradients:
                     f"group {name!r} was looked at there, which did not happen when the model was traced; make it work "
                     "out of place, or list the group in ignore="
                 )
-            product = tap.maps(values.float() if values.dtype.itemsize < 4 else values, batch) * tap.maps(
-                gradient.detach(), batch
-            )
+            wide = values.float() if values.dtype.itemsize < 4 else values
+            product = tap.maps(wide * gradient.detach(), batch)
             found = batch * (product.mean(dim=2) if self._mean else product.sum(dim=2))  # (B, C)
             sums, key = self._sums[name], (forward, batch)
             sums[key] = sums[key] + found if key in sums else found
