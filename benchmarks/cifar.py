@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import io
 import time
 from itertools import pairwise
@@ -29,6 +28,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from graph import CifarResNet
+from pages import append, read
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
@@ -39,10 +39,6 @@ from lightning_prune.methods import discover, find
 from lightning_prune.report import markdown_table
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-FIELDS = [
-    "depth", "method", "keep", "seed", "epochs", "dense", "after cut", "fine-tuned", "flops kept", "params kept",
-    "fit s", "threads",
-]  # fmt: skip
 
 
 def images(path: Path, cache: Path | None) -> dict[str, tuple[Tensor, Tensor]]:
@@ -232,22 +228,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     data = images(options.images, options.cache)
-    rows = list(csv.DictReader(options.out.open())) if options.out.exists() else []
-    with options.out.open("a", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=FIELDS)
-        if not file.tell():
-            writer.writeheader()
-        for name in options.methods:
-            wanted = (str(options.depth), name, str(options.keep), str(options.seed))
-            mine = [r for r in rows if (r["depth"], r["method"], r["keep"], r["seed"]) == wanted]
-            longer = name.startswith("Scratch-B")  # has epochs of its own
-            if any(longer or r["epochs"] == str(options.epochs) for r in mine):
-                continue
-            row = run(name, options, data)
-            rows.append({key: str(value) for key, value in row.items()})
-            writer.writerow(row)
-            file.flush()
-    print(markdown_table(rows))
+    for name in options.methods:
+        wanted = (options.depth, name, options.keep, options.seed)
+        mine = [r for r in read(options.out) if (r["depth"], r["method"], r["keep"], r["seed"]) == wanted]
+        longer = name.startswith("Scratch-B")  # has epochs of its own
+        if not any(longer or r["epochs"] == options.epochs for r in mine):
+            append([run(name, options, data)], options.out)
+    print(markdown_table(read(options.out)))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ appended; runs already in the file are not repeated.
 from __future__ import annotations
 
 import argparse
-import csv
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import lightning.pytorch as pl
 import torch
 from cifar import Net, accuracy, images
 from graph import CifarResNet
+from pages import append, read
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_prune as lp
@@ -38,10 +38,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "IterativeImportance": ("IterativeImportance", {}),
     "LotteryTicket": ("LotteryTicket", {}),
 }
-FIELDS = [
-    "method", "start", "keep", "seed", "epochs", "lr", "before", "accuracy", "density", "flops sparse", "regrown",
-    "events", "fit s", "threads",
-]  # fmt: skip
 
 
 def run(name: str, options: argparse.Namespace, data: dict[str, Any]) -> dict[str, object]:
@@ -99,22 +95,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     data = images(options.images, options.cache)
-    rows = list(csv.DictReader(options.out.open())) if options.out.exists() else []
     begun = "random" if options.weights is None else "trained"
-    with options.out.open("a", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=FIELDS)
-        if not file.tell():
-            writer.writeheader()
-        for name in options.methods:
-            keep = 1.0 if name == "dense" else options.keep
-            wanted = (name, begun, str(keep), str(options.seed), str(options.epochs), str(options.lr))
-            if any(tuple(r[key] for key in FIELDS[:6]) == wanted for r in rows):
-                continue
-            row = run(name, options, data)
-            rows.append({key: str(value) for key, value in row.items()})
-            writer.writerow(row)
-            file.flush()
-    print(markdown_table(rows))
+    same = ("method", "start", "keep", "seed", "epochs", "lr")
+    for name in options.methods:
+        wanted = (name, begun, 1.0 if name == "dense" else options.keep, options.seed, options.epochs, options.lr)
+        if not any(tuple(r[key] for key in same) == wanted for r in read(options.out)):
+            append([run(name, options, data)], options.out)
+    print(markdown_table(read(options.out)))
 
 
 if __name__ == "__main__":

@@ -41,13 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--model", metavar="PATH", help="dotted path of a class or function that makes the model")
     what.add_argument("--config", type=Path, metavar="YAML", help="a LightningCLI config; its model section is used")
     parser.add_argument("--arguments", default="{}", metavar="JSON", help="keyword arguments for --model")
-    parser.add_argument(
-        "--input",
-        action="append",
-        metavar="SHAPE[:DTYPE]",
-        help="of an example input, as 1,3,224,224 or 1,16:int64; once for each positional input; by default the "
-        "model's example_input_array",
-    )
+    add_input(parser)
     parser.add_argument("--keep", type=float, default=0.5, metavar="F", help="fraction kept (%(default)s)")
     parser.add_argument(
         "--of", default="flops", choices=get_args(Of), help="of what (%(default)s); latency is measured here"
@@ -161,6 +155,17 @@ def from_config(path: Path) -> tuple[str, nn.Module]:
         raise ValueError(f"{path}: {told(str(error))}") from error
     assert isinstance(model, nn.Module)
     return str(parsed.model.class_path), model
+
+
+def add_input(parser: argparse.ArgumentParser) -> None:
+    """The option that `example_inputs` reads."""
+    parser.add_argument(
+        "--input",
+        action="append",
+        metavar="SHAPE[:DTYPE]",
+        help="of an example input, as 1,3,224,224 or 1,16:int64; once for each positional input; by default the "
+        "model's example_input_array",
+    )
 
 
 def example_inputs(model: nn.Module, shapes: Sequence[str] | None) -> Any:

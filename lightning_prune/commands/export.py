@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_prune.checkpoint import load_into, plan_of, read_checkpoint
-from lightning_prune.commands.explain import example_inputs, from_config, imported, made
+from lightning_prune.commands.explain import add_input, example_inputs, from_config, imported, made
 from lightning_prune.decision import Plan
 from lightning_prune.export import FORMS, TOLERANCE, Exported, export_model, plain
 from lightning_prune.graph.trace import as_call
@@ -41,13 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--arguments", default="{}", metavar="JSON", help="keyword arguments for --model, over those in the checkpoint"
     )
     parser.add_argument("--module", metavar="NAME", help="export this part of the model alone, such as net")
-    parser.add_argument(
-        "--input",
-        action="append",
-        metavar="SHAPE[:DTYPE]",
-        help="of an example input, as 1,3,224,224 or 1,16:int64; once for each positional input; by default the "
-        "model's example_input_array",
-    )
+    add_input(parser)
     parser.add_argument("--to", nargs="+", choices=FORMS, default=list(FORMS), help="what to write (all)")
     parser.add_argument("--fold-bn", action="store_true", help="make norms part of the layers before them")
     parser.add_argument("--fixed-batch", action="store_true", help="the batch size is that of the example, for good")

@@ -31,7 +31,7 @@ from torch import nn
 import lightning_prune
 from lightning_prune.checkpoint import load_into, plan_of, read_checkpoint, written_by
 from lightning_prune.commands import PROGRAM, engines, one_line, quiet
-from lightning_prune.commands.explain import example_inputs, from_config, imported, made
+from lightning_prune.commands.explain import add_input, example_inputs, from_config, imported, made
 from lightning_prune.cost import count
 from lightning_prune.decision import Plan
 from lightning_prune.errors import IncompatibleCheckpoint, PruneError, TraceError
@@ -57,13 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--arguments", default="{}", metavar="JSON", help="keyword arguments for --model, over those in the checkpoint"
     )
-    parser.add_argument(
-        "--input",
-        action="append",
-        metavar="SHAPE[:DTYPE]",
-        help="of an example input, as 1,3,224,224 or 1,16:int64; once for each positional input; by default the "
-        "model's example_input_array",
-    )
+    add_input(parser)
     parser.add_argument(
         "--data", metavar="PATH", help="dotted path of a LightningDataModule class; each checkpoint is tested on it"
     )
