@@ -5,9 +5,8 @@
 Each import is a fresh process, ``python -c "import ..."`` with one thread; CPU seconds of the process and its children,
 user and system, as the kernel counts them once they have ended. ``import lightning`` is what the others are divided by,
 turn by turn; their order changes from turn to turn, and the first turn warms. ``lightning-prune --help`` is a fresh
-process as well. ``lightning-prune demo`` runs once with its defaults in an empty folder, two threads allowed. Its goal
-is of wall seconds on two free cores; what is held against it are the CPU seconds of its processes, which run on one
-thread and one after the other, as the wall seconds are of a machine that may do other work as well.
+process as well. ``lightning-prune demo`` runs once with its defaults in an empty folder, two threads allowed; its goal
+is of wall seconds on two free cores.
 """
 
 from __future__ import annotations
@@ -84,7 +83,7 @@ def table(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             if goal := GOALS.get(name):
                 line |= {"goal": f"{goal:g}", "met": "yes" if median(ratios) <= goal else "no"}
         elif name == "lightning-prune demo":
-            line |= {"goal": f"{MOST_SECONDS} s", "met": "yes" if of[0]["cpu"] < MOST_SECONDS else "no"}
+            line |= {"goal": f"{MOST_SECONDS} s", "met": "yes" if of[0]["wall"] < MOST_SECONDS else "no"}
         out.append(line)
     return out
 
