@@ -289,6 +289,16 @@ class Pruner(Callback):
             held: name -> parameter that this optimizer steps.
         """
 
+    @property
+    def _idle(self) -> tuple[Callable[..., None], ...]:
+        """Which of a method's own `before_step` and `after_step` would do nothing in this fit: they are not called."""
+        return ()
+
+    def _acts(self, hook: str) -> bool:
+        """Whether a hook of a step has something to do; what a subclass puts in its place is not idle."""
+        own = getattr(type(self), hook)
+        return own is not getattr(Pruner, hook) and own not in self._idle
+
     def after_step(self) -> None:
         """Something a method does after each optimizer step, once zeros are in place and before a due event."""
 
@@ -494,12 +504,13 @@ class Pruner(Callback):
         self._stepped = True
         self._catch_up(pl_module)
         self._gather(optimizer)
-        held = self._held(optimizer)
-        if type(self).before_step is not Pruner.before_step:
+        acts = self._acts("before_step")
+        held = self._held(optimizer) if acts or len(trainer.optimizers) > 1 else {}
+        if acts:
             with torch.no_grad(), self._event(trainer, pl_module):
                 self.before_step(optimizer, held)
         if self._masks is not None:
-            self._masks.mask_gradients(held)
+            self._masks.mask_gradients(held if len(trainer.optimizers) > 1 else None)
 
     def _refuse_spawning(self, trainer: pl.Trainer) -> None:
         """Only weights come back from processes that the launcher starts by fork or spawn, into the dense network."""
@@ -529,7 +540,7 @@ class Pruner(Callback):
             self._catch_up(pl_module)
             if self._masks is not None:
                 self._masks.hold()
-            if type(self).after_step is not Pruner.after_step:
+            if self._acts("after_step"):
                 with torch.no_grad(), self._event(trainer, pl_module):
                     self.after_step()
             self._run_due(trainer, pl_module)

@@ -18,6 +18,8 @@ from torchmetrics import Metric
 from lightning_prune.errors import NonFiniteScore
 from lightning_prune.state import Fields
 
+AT_ONCE = 16
+"""Batches that are added to the sums together."""
 STATE: Fields = {
     "sizes": dict[str, int],
     "total": Tensor,
@@ -140,27 +142,40 @@ class Statistics:
         self.kept: dict[str, dict[str, Tensor]] = {name: {} for name in sizes}
         self._device = device
         self._sizes = dict(sizes)
+        self._waiting: list[tuple[Tensor, Tensor | None, int]] = []  # batches that are not in the window yet
+
+    @property
+    def _window(self) -> ChannelSums:
+        """What is summed since the last event."""
+        for values, measured, weight in self._waiting:  # one by one in their order, so that all sums stay the same
+            self._sums.update(values, measured, weight)
+        self._waiting.clear()
+        return self._sums
 
     @cached_property
-    def _window(self) -> ChannelSums:
-        """What is summed since the last event; made when it is asked for, as most methods sum nothing."""
+    def _sums(self) -> ChannelSums:
+        """Made when it is asked for, as most methods sum nothing."""
         with self._device:  # made there: a copy would wait for what the device has to do
             return ChannelSums(sum(self._sizes.values())).to(self._device)
 
     def add(self, values: Mapping[str, Tensor], weight: int = 1) -> None:
         """Add what one batch says: group -> (C,); a group that is left out was not measured.
 
+        A few batches wait and are summed together: a dozen small operations at every step take several times as long.
+
         Args:
             values: of one batch, or summed over its samples.
             weight: 1, or the number of samples.
         """
         if len(values) == len(self._sizes):
-            self._window.update(torch.cat([values[name] for name in self._sizes]), weight=weight)
-            return
-        device = self._window.total.device
-        parts = [values[n] if n in values else torch.zeros(size, device=device) for n, size in self._sizes.items()]
-        known = [torch.full((size,), n in values, device=device) for n, size in self._sizes.items()]
-        self._window.update(torch.cat(parts), torch.cat(known), weight)
+            self._waiting.append((torch.cat([values[name] for name in self._sizes]), None, weight))
+        else:
+            spans = self._sizes.items()
+            parts = [values[n] if n in values else torch.zeros(size, device=self._device) for n, size in spans]
+            known = [torch.full((size,), n in values, device=self._device) for n, size in spans]
+            self._waiting.append((torch.cat(parts), torch.cat(known), weight))
+        if len(self._waiting) == AT_ONCE:
+            _ = self._window
 
     def unmeasured(self, total: Callable[[Tensor], Tensor] = torch.clone) -> list[str]:
         """Groups without a finite batch in the window; ``total`` sums a tensor over processes."""
@@ -183,20 +198,25 @@ class Statistics:
             for key, value in self.kept[name].items():
                 self.kept[name][key] = value[mask.to(value.device)]
             self._sizes[name] = int(mask.sum())
-        vars(self).pop("_window", None)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Begin a new window."""
+        self._waiting.clear()
+        vars(self).pop("_sums", None)
 
     def join(self, sizes: Mapping[str, int]) -> None:
         """Know these groups from now on, in this order, new ones from nothing; begin a new window."""
         for name in sizes:
             self.kept.setdefault(name, {})
         self._sizes = dict(sizes)
-        vars(self).pop("_window", None)
+        self._begin()
 
     def drop(self, names: Iterable[str]) -> None:
         """Forget groups, and begin a new window."""
         for name in names:
             del self.kept[name], self._sizes[name]
-        vars(self).pop("_window", None)
+        self._begin()
 
     def state_dict(self, total: Callable[[Tensor], Tensor] = torch.clone) -> dict[str, Any]:
         """Tensors and names only; of the window what ``total`` makes of this process' sums."""

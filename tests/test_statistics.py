@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_prune.errors import NonFiniteScore
-from lightning_prune.statistics import ChannelSums, SampleSums, Statistics
+from lightning_prune.statistics import AT_ONCE, ChannelSums, SampleSums, Statistics
 
 CPU = torch.device("cpu")
 NAN, INF = float("nan"), float("inf")
@@ -65,6 +65,25 @@ def test_many_small_values_do_not_drown():
     for _ in range(4):
         statistics.add({"a": vector(1.0)})
     assert statistics._window.total.item() == 2**24 + 4
+
+
+def test_batches_that_wait_make_the_sums_of_batches_added_one_by_one():
+    torch.manual_seed(0)
+    statistics, sums = Statistics({"a": 2, "b": 3}, CPU), ChannelSums(5)
+    for i in range(2 * AT_ONCE + 5):
+        values = torch.randn(5) / 3
+        values[0] = NAN if i == AT_ONCE else values[0]
+        whole = i % 3 > 0
+        statistics.add({"a": values[:2], **({"b": values[2:]} if whole else {})}, weight=1 + i % 2)
+        measured = torch.tensor([True, True, whole, whole, whole])
+        sums.update(torch.where(measured, values, 0), measured, 1 + i % 2)
+    state = statistics.state_dict()
+    assert torch.equal(state["total"], sums.total)  # to the bit: a run that goes on adds in the same order
+    assert torch.equal(state["count"], sums.count)
+    assert statistics.skipped == 1
+    statistics.add({"a": vector(1.0, 1.0), "b": vector(1.0, 1.0, 1.0)})
+    statistics.cut({})
+    assert statistics.unmeasured() == ["a", "b"]
 
 
 def test_cut_begins_a_new_window_and_slices_what_is_kept():

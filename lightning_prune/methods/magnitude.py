@@ -8,7 +8,7 @@ than L2 once the survivors are retrained, is left out.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
@@ -223,6 +223,11 @@ class Magnitude(WeightPruner):
                 f"{argument} pattern {pattern!r} means no weight that is pruned: {', '.join(sorted(found))}"
             )
         return names
+
+    @property
+    @override
+    def _idle(self) -> tuple[Callable[..., None], ...]:
+        return () if self._frozen_weights or self._feeds else (Magnitude.before_step, Magnitude.after_step)
 
     @override
     def before_step(self, optimizer: Optimizer, held: Mapping[str, nn.Parameter]) -> None:
