@@ -276,7 +276,9 @@ class RigL(WeightPruner):
 
     def _open(self) -> list[str]:
         """Weights that an update may change: trained, and neither dense nor empty."""
-        return [n for n, w in self.weights.items() if w.requires_grad and 0 < int(self.alive(n).sum()) < w.numel()]
+        assert self._masks is not None
+        kept = self._masks.counts()
+        return [n for n, w in self.weights.items() if w.requires_grad and 0 < kept[n] < w.numel()]
 
     @override
     def _row(self) -> dict[str, float]:
