@@ -46,6 +46,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]  # run as a script
 
+from pages import read  # noqa: E402
 from zoo_models import Model, catalog  # noqa: E402
 
 import lightning_prune as lp  # noqa: E402
@@ -577,19 +578,7 @@ def in_a_process(model: Model, tool: str, seconds: float, gigabytes: float) -> d
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of the CSV file; numbers are numbers again, empty cells None."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return [{key: _number(value) for key, value in row.items()} for row in csv.DictReader(file)]
-
-
-def _number(text: str) -> Any:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text or None
+    return [{key: None if value == "" else value for key, value in row.items()} for row in read(path)]
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], mode: str) -> None:

@@ -525,7 +525,8 @@ class ChannelPruner(Pruner):
 
     @override
     def _decide_and_apply(self, trainer: pl.Trainer, model: pl.LightningModule, progress: float) -> bool:
-        check_finite_weights(dict(model.named_parameters()))  # else only the proof of a cut finds out
+        # else only the proof of a cut finds out; what is not trained may be infinite on purpose, as masks of attention
+        check_finite_weights({name: p for name, p in model.named_parameters() if p.requires_grad})
         scores = self._score_all()
         check_finite(scores)
         keep = self._choose(scores, self._budget_at(progress))

@@ -1,3 +1,4 @@
+import math
 import re
 import subprocess
 import sys
@@ -536,6 +537,46 @@ class Poisoned:
                         parameter.grad.zero_()
 
         return Module()
+
+
+def test_weight_that_is_not_trained_may_be_infinite(fit, tiny_net):
+    class Masked(tiny_net):
+        def __init__(self):
+            super().__init__()
+            self.mask = nn.Parameter(torch.full((4, 4), -math.inf), requires_grad=False)
+
+    callback = L1Filter(0.5)
+    fit(callback, model=Masked())
+    assert callback.report.flops_kept <= 0.5
+
+
+class SeeGradients(Callback):
+    """Shapes of gradients behind an event."""
+
+    def on_train_batch_end(self, trainer, model, *_):
+        if trainer.global_step == 3:
+            self.seen = {n: None if p.grad is None else p.grad.shape for n, p in model.named_parameters()}
+
+
+def test_gradients_of_the_step_that_was_made_are_let_go_of_by_a_cut(fit):
+    see = SeeGradients()
+    fit([L1Filter(0.5, schedule=AT_3), see])
+    assert set(see.seen.values()) == {None}
+
+
+def test_gradients_are_cut_along_where_the_module_steps_by_itself(fit, tiny_net):
+    class Manual(tiny_net):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
+            optimizer.step()
+
+    see, model = SeeGradients(), Manual()
+    fit([L1Filter(0.5, schedule=AT_3, example_input=torch.randn(2, 1, 8, 8)), see], model=model)
+    assert see.seen == {n: p.shape for n, p in model.named_parameters()}
 
 
 def test_batch_with_a_nan_loss_is_left_out_and_counted(fit, tiny_net):

@@ -186,7 +186,8 @@ class TaylorWeight(ChannelPruner):
 
     @override
     def measure_all(self, views: Mapping[str, Sequence[LayerView]]) -> dict[str, Tensor]:
-        return gate_gradients(views) if self.on == "gate" else super().measure_all(views)
+        own = type(self).measure is TaylorWeight.measure and self.join == "sum"  # else a subclass has its say
+        return gate_gradients(views) if own and self.on == "gate" else super().measure_all(views)
 
     @override
     def combine(self, joined: Tensor) -> Tensor:

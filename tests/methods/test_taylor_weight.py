@@ -278,6 +278,37 @@ def test_weight_form_without_norms_is_the_gate_form(fit):
     assert plans[0] == plans[1]
 
 
+class Asked(TaylorWeight):
+    """Another measure."""
+
+    asked = 0
+
+    def measure(self, view):
+        self.asked += 1
+        return super().measure(view)
+
+
+def test_subclass_with_another_measure_is_asked_for_it(fit):
+    callback = Asked(0.5)
+    fit(callback)
+    assert callback.asked > 0
+
+
+def test_subclass_with_another_join_has_its_gates_joined_so(tiny_net):
+    class First(TaylorWeight):
+        join = "first"
+
+    model = tiny_net()
+    graph = trace(model, model.example_input_array)
+    parameters = dict(model.named_parameters())
+    views = {g.name: [LayerView(g, p, parameters, graph) for p in g.producers] for g in graph.groups}
+    model(torch.randn(4, 1, 8, 8)).square().sum().backward()
+    found = First(0.5).measure_all(views)
+    assert any(len(group) > 1 for group in views.values())
+    for name, group in views.items():
+        assert torch.equal(found[name], group[0].gate_gradient)
+
+
 def test_ranks_all_layers_together_without_normalising(fit):
     callback = TaylorWeight(Budget(0.7, of="units"), schedule=OneShot(5, unit="step"))
     scores = {}
