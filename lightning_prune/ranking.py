@@ -81,9 +81,8 @@ def check_finite_weights(weights: Mapping[str, Tensor]) -> None:
     seen = {name: weight for name, weight in weights.items() if weight.is_floating_point() and weight.numel()}
     if not seen:
         return
-    lengths = torch._foreach_norm(
-        [weight.detach() for weight in seen.values()]
-    )  # many times as fast as largest entries
+    # many times as fast as the largest entry of each
+    lengths = torch._foreach_norm([weight.detach() for weight in seen.values()])
     finite = torch.stack([torch.isfinite(length).to(lengths[0].device) for length in lengths]).tolist()
     doubtful = [name for name, fine in zip(seen, finite, strict=True) if not fine]  # or so large that squares overflow
     if bad := [name for name in doubtful if not bool(torch.isfinite(seen[name]).all())]:
