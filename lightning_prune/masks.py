@@ -85,7 +85,7 @@ class Masks:
     def zero(self) -> None:
         """Put zeros under the masks into the weights, in place; infinities and NaN become zero as well."""
         for name, multiplier in self._aligned().items():
-            parameter = self._parameters[name].mul_(multiplier)  # five times as fast as filling
+            parameter = self._parameters[name].mul_(multiplier).add_(0)  # five times as fast as filling; -0 is 0 then
             if not torch.isfinite(parameter.sum()):
                 parameter.masked_fill_(multiplier == 0, 0)
 

@@ -22,6 +22,12 @@ def test_zero_puts_zeros_where_the_mask_is_false_and_keeps_the_parameter_object(
     assert weight.data_ptr() == storage
 
 
+def test_a_negative_weight_becomes_zero_without_a_sign():
+    weight = two_by_two(((1.0, -2.0), (-3.0, -4.0)))
+    Masks({"w": weight}, {"w": DIAGONAL}).zero()
+    assert torch.equal(weight.signbit(), torch.tensor([[False, False], [False, True]]))
+
+
 def test_building_masks_changes_no_weight():
     weight = two_by_two()
     masks = Masks({"w": weight}, {"w": DIAGONAL})
