@@ -65,13 +65,14 @@ class Absorbed:
             kept: name -> {dim: kept indices} of the cut that lies between; None if none does.
         """
         tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        shifts = {}
+        sums = {}
         for name, shift in self.shifts.items():
             index = (kept or {}).get(name, {}).get(0)
-            shifts[name] = (shift if index is None else shift[index.to(shift.device)]).to(tensors[name])
+            before = _wide(tensors[name])  # the sum is rounded, the shift is not
+            sums[name] = before + (shift if index is None else shift[index.to(shift.device)]).to(before)
         with torch.no_grad():
-            for name, shift in shifts.items():
-                tensors[name].add_(shift)
+            for name, value in sums.items():
+                tensors[name].copy_(value)
 
 
 def absorb(

@@ -1,7 +1,7 @@
 """Look at the tensors that carry a group's channels while a model runs, and put gates on them.
 
-Nothing of the model changes: hooks sit on the modules that a tap is in only inside of a context, and the torch function
-mode that finds the call lives from the outermost of these modules' entry to its exit.
+Nothing of the model changes: hooks sit on modules only inside of a context, and the torch function mode that finds a
+call lives from the entry of the outermost module with a tap in it to its exit.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -69,6 +69,7 @@ class _Visit:
     module: nn.Module
     path: str
     number: int
+    enters: bool  # the mode, which the visits above it do without
     made: Counter[str] = field(default_factory=Counter)
 
 
@@ -89,6 +90,7 @@ class Watch(TorchFunctionMode):
         self._totals = {(call.module, call.visit, call.name): call.total for call in looks}
         self._warned: set[tuple[str, str]] = set()
         self._looks = looks
+        self._found = {(call.module, call.visit, call.name, call.number): (call, looks[call]) for call in looks}
         self._wanted = {(call.module, call.name) for call in looks}
         self._visits = {call.module: 1 for call in looks}
         for call in looks:
@@ -119,7 +121,10 @@ class Watch(TorchFunctionMode):
                     "watched while it trains; compile it after pruning"
                 )
         self._swapped.enter_context(standing_in(self._model))  # as it was when its calls were recorded
-        for module in self._paths:
+        names = {name for _, name in self._wanted}
+        for module, path in self._paths.items():
+            if path not in self._above and _calls_none(module, names):
+                continue  # most modules are such, and a hook costs more than the call
             self._own[module] = module.forward
             self._handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
             self._handles.append(module.register_forward_hook(self._leave, always_call=True))
@@ -159,8 +164,10 @@ class Watch(TorchFunctionMode):
                     self._outermost.add(path)
                 forward = self._last = replace(self._last, batch=samples_in((args, kwargs)))
             self._now = forward
+        enters = path in self._visits and not any(visit.enters for visit in self._stack)
+        if enters:
             self.__enter__()  # type: ignore[no-untyped-call]
-        self._stack.append(_Visit(module, path, number))
+        self._stack.append(_Visit(module, path, number, enters))
 
     def _begins(self, path: str) -> bool:
         """Whether an outermost module begins another forward: it has run already, or what is in it has."""
@@ -178,8 +185,7 @@ class Watch(TorchFunctionMode):
             self._pop()
 
     def _pop(self) -> None:
-        self._stack.pop()
-        if not self._stack:
+        if self._stack.pop().enters:
             self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def __torch_function__(
@@ -190,10 +196,15 @@ class Watch(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if (visit.path, name) not in self._wanted:
             return func(*args, **kwargs)
-        call = self._known(Call(visit.path, visit.number, name, visit.made[name]))
-        visit.made[name] += 1
-        looks = self._looks.get(call, ())
-        written = args[0] if looks and self._replacing and _works_in_place(name, kwargs) else None
+        number = visit.made[name]
+        visit.made[name] = number + 1
+        if number >= self._totals.get((visit.path, visit.number, name), 0):
+            number = self._known(Call(visit.path, visit.number, name, number)).number
+        found = self._found.get((visit.path, visit.number, name, number))
+        if found is None:
+            return func(*args, **kwargs)
+        call, looks = found
+        written = args[0] if self._replacing and _works_in_place(name, kwargs) else None
         if written is not None:
             args = (written.clone(), *args[1:])
         out = func(*args, **kwargs)
@@ -208,7 +219,7 @@ class Watch(TorchFunctionMode):
         So a loop of more steps is followed where each step is looked at; else there is a warning, once.
         """
         total = self._totals.get((call.module, call.visit, call.name), 0)
-        if call.number < total or not total:
+        if not total:
             return call
         if all(replace(call, number=number) in self._looks for number in range(total)):
             return replace(call, number=call.number % total)
@@ -221,6 +232,33 @@ class Watch(TorchFunctionMode):
                 stacklevel=2,
             )
         return call
+
+
+def _calls_none(module: nn.Module, names: Container[str]) -> bool:
+    """Whether a module is known to call no function of these names, so that none is taken for its parent's."""
+    known = _CALLS.get(type(module))
+    own = module._forward_pre_hooks or module._forward_hooks or "forward" in vars(module)
+    return known is not None and not own and all(name not in names for name in known)
+
+
+# Modules that hold no others -> names of the torch functions that their forward may call.
+_CALLS: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.Identity: (),
+    nn.Linear: ("linear",),
+    nn.Conv1d: ("conv1d", "pad"),
+    nn.Conv2d: ("conv2d", "pad"),
+    nn.Conv3d: ("conv3d", "pad"),
+    nn.BatchNorm1d: ("batch_norm", "dim", "add_", "__float__"),
+    nn.BatchNorm2d: ("batch_norm", "dim", "add_", "__float__"),
+    nn.BatchNorm3d: ("batch_norm", "dim", "add_", "__float__"),
+    nn.LayerNorm: ("layer_norm",),
+    nn.GroupNorm: ("group_norm",),
+    nn.Dropout: ("dropout",),
+    nn.ReLU: ("relu", "relu_"),
+    nn.GELU: ("gelu",),
+    nn.MaxPool2d: ("max_pool2d",),
+    nn.AdaptiveAvgPool2d: ("adaptive_avg_pool2d",),
+}
 
 
 def _works_in_place(name: str, kwargs: Mapping[str, Any]) -> bool:
@@ -277,6 +315,8 @@ def watching(model: nn.Module, looks: Mapping[Call, Sequence[Look]], replacing: 
 
 def tensor_of(tap: Tap, out: Any) -> Tensor:
     """The tensor of a tap in what its call returned."""
+    if isinstance(out, Tensor):
+        return out
     leaves = [x for x in tree_flatten(out)[0] if isinstance(x, Tensor)]
     return leaves[tap.output]
 
@@ -327,7 +367,8 @@ class SampleGradients:
                 )
             wide = values.float() if values.dtype.itemsize < 4 else values
             product = tap.maps(wide * gradient.detach(), batch)
-            found = batch * (product.mean(dim=2) if self._mean else product.sum(dim=2))  # (B, C)
+            # a mean would divide in an operation of its own
+            found = product.sum(dim=2).mul_(batch / max(1, product.shape[2]) if self._mean else batch)  # (B, C)
             sums, key = self._sums[name], (forward, batch)
             sums[key] = sums[key] + found if key in sums else found
 

@@ -1,6 +1,7 @@
 """Tiny networks and the checks that more than one file of tests makes of them."""
 
 import copy
+import random
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -20,6 +21,13 @@ from lightning_prune.graph.trace import run, undisturbed
 from lightning_prune.surgery import cut, difference
 
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Networks that are drawn without a seed, fixtures' included, are the same whichever tests ran before."""
+    random.seed(0)
+    torch.manual_seed(0)
 
 
 class Net(nn.Module):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies.strategy import _ForwardRedirection
 from torch import nn
-from torch.overrides import _get_current_function_mode_stack
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Subset
 
@@ -17,7 +17,7 @@ from lightning_prune import Iterative, OneShot, RandomChannels, trace
 from lightning_prune.batches import evaluating
 from lightning_prune.channel_pruner import ChannelPruner
 from lightning_prune.graph.flow import Call
-from lightning_prune.taps import SampleGradients, gated, looks_at, watching
+from lightning_prune.taps import _CALLS, SampleGradients, gated, looks_at, watching
 from tests.conftest import Net, TinyNet, with_random_norms
 
 AT_4 = OneShot(4, unit="step")
@@ -68,6 +68,82 @@ def test_what_a_look_returns_replaces_the_output():
     with watching(net, {Call("", 0, "relu", 0): [lambda seen: seen.out + 1]}):
         assert net(torch.tensor([-1.0, 2.0])).tolist() == [1.0, 3.0]
     assert net(torch.tensor([-1.0, 2.0])).tolist() == [0.0, 2.0]
+
+
+def test_calls_of_a_hook_on_a_module_inside_are_not_its_parents():
+    net = Net(lambda n, x: F.relu(n.a(x) - 1), a=nn.Linear(3, 3))
+    net.a.register_forward_hook(lambda module, args, out: F.relu(out))
+    seen = []
+    with watching(net, {Call("", 0, "relu", 0): [seen.append]}):
+        out = net(rows(2, 3).float())
+    assert len(seen) == 1
+    assert torch.equal(seen[0].out, out)
+
+
+class Functions(TorchFunctionMode):
+    """Notes the names of the functions that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("module", "shape"),
+    [
+        (nn.Identity(), (2, 4)),
+        (nn.Linear(4, 4), (2, 4)),
+        (nn.Conv1d(4, 4, 3, padding=1, padding_mode="circular"), (2, 4, 8)),
+        (nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), (2, 4, 8, 8)),
+        (nn.Conv3d(4, 4, 3, padding=1, padding_mode="replicate"), (2, 4, 8, 8, 8)),
+        (nn.BatchNorm1d(4, momentum=None), (2, 4)),
+        (nn.BatchNorm2d(4, track_running_stats=False), (2, 4, 8, 8)),
+        (nn.BatchNorm3d(4, momentum=None), (2, 4, 8, 8, 8)),
+        (nn.LayerNorm(4), (2, 4)),
+        (nn.GroupNorm(2, 4), (2, 4)),
+        (nn.Dropout(), (2, 4)),
+        (nn.ReLU(inplace=True), (2, 4)),
+        (nn.GELU(), (2, 4)),
+        (nn.MaxPool2d(2), (2, 4, 8, 8)),
+        (nn.AdaptiveAvgPool2d(1), (2, 4, 8, 8)),
+    ],
+    ids=lambda case: type(case).__name__ if isinstance(case, nn.Module) else "",
+)
+def test_modules_that_are_passed_over_call_what_is_known_of_them(module, shape):
+    x = torch.zeros(shape)
+    with Functions() as called:
+        module(x)
+    assert called.names <= set(_CALLS[type(module)])
+
+
+def test_every_module_that_is_passed_over_is_tried():
+    tried = test_modules_that_are_passed_over_call_what_is_known_of_them.pytestmark[0].args[1]
+    assert {type(module) for module, _ in tried} == set(_CALLS)
+
+
+def test_modules_that_call_nothing_that_is_looked_for_have_no_hooks():
+    net = Net(lambda n, x: n.b(F.relu(n.norm(n.a(x)))), a=nn.Linear(3, 3), norm=nn.BatchNorm1d(3), b=nn.Linear(3, 3))
+    before = hooks(net)
+    with watching(net, {Call("", 0, "relu", 0): [lambda seen: None]}):
+        assert {name for name, of in hooks(net).items() if of != before[name]} == {""}
+    with watching(net, {Call("b", 0, "linear", 0): [lambda seen: None]}):
+        assert {name for name, of in hooks(net).items() if of != before[name]} == {"", "a", "b"}
+
+
+def test_functions_outside_of_the_modules_looked_into_run_as_ever():
+    inside = []
+    net = Net(lambda n, x: n.b(n.a(x)), a=nn.Linear(3, 3), b=Net(lambda n, x: F.relu(x)))
+    net.a.register_forward_hook(lambda *_: inside.append(len(_get_current_function_mode_stack())))
+    net.b.register_forward_pre_hook(lambda *_: inside.append(len(_get_current_function_mode_stack())))
+    seen = []
+    with watching(net, {Call("b", 0, "relu", 0): [seen.append]}):
+        net(rows(2, 3).float())
+    assert inside == [0, 0]
+    assert len(seen) == 1
 
 
 def test_visits_are_counted_anew_in_each_forward_and_begin_again_past_those_that_are_known():

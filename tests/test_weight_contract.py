@@ -40,7 +40,8 @@ def assert_exact(callback, model: nn.Module, keep: float = 0.2) -> None:
     assert sum(int(mask.sum()) for mask in masks.values()) == asked
     for name, mask in masks.items():
         assert not weights[name][~mask].any()
-    assert sum(int(p.count_nonzero()) for p in weights.values()) == asked
+    zero = asked - sum(int(p.count_nonzero()) for p in weights.values())
+    assert 0 <= zero <= callback.regrown  # what is turned on in a unit that is dead gets no gradient
 
 
 @pytest.mark.parametrize("of", ["units", "params"])

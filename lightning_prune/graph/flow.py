@@ -92,6 +92,8 @@ class Tap:
         Raises:
             ValueError: if no axis carries the samples.
         """
+        if self.dim == 1 and len(tensor) == batch and self.indices.shape == (tensor.shape[1], 1) and self._in_order:
+            return tensor.reshape(batch, tensor.shape[1], -1)
         moved = tensor.movedim(self.dim, -1)
         if self.indices.numel() != moved.shape[-1] or not self._in_order:
             moved = moved.index_select(-1, self._on(tensor.device))
