@@ -508,10 +508,15 @@ class ChannelPruner(Pruner):
                 + (", or ignore fewer layers" if self.ignore else "")
             )
 
+    @property
+    @override
+    def _gathers(self) -> bool:
+        measured = self._measures and not self._observes
+        return measured and self._statistics is not None and self._done < len(self._events)
+
     @override
     def _gather(self, optimizer: Optimizer) -> None:
-        measured = self._measures and not self._observes
-        if measured and self._statistics is not None and self._done < len(self._events):
+        if self._gathers:
             held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
             # the others are measured when the optimizer that trains them steps
             self._measure({name: views for name, views in self._views.items() if self._anchors[name] in held})

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 
 def expected_steps(trainer: pl.Trainer) -> tuple[int | None, int | None]:
@@ -60,6 +63,33 @@ def loss_scale(trainer: pl.Trainer) -> Tensor | float:
     ask = getattr(scaler, "_get_scale_async", None)
     found: Tensor | float | None = None if ask is None else ask()
     return scaler.get_scale() if found is None else found
+
+
+@contextmanager
+def unscaled(trainer: pl.Trainer, optimizer: Optimizer) -> Iterator[None]:
+    """Divide gradients by the loss scale inside, where a fused optimizer does so only while it steps (16-mixed).
+
+    Exact but for gradients below 1e-33, as a scaler's scales are powers of two.
+    """
+    fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+    scale = loss_scale(trainer) if fused else 1.0
+    if isinstance(scale, float) and scale == 1:
+        yield
+        return
+    _scale(optimizer, 1 / scale)
+    yield
+    _scale(optimizer, scale)
+
+
+@torch.no_grad()
+def _scale(optimizer: Optimizer, factor: Tensor | float) -> None:
+    every = (p.grad for group in optimizer.param_groups for p in group["params"])
+    devices: dict[torch.device, list[Tensor]] = {}
+    for gradient in every:
+        if gradient is not None:
+            devices.setdefault(gradient.device, []).append(gradient)
+    for device, gradients in devices.items():
+        torch._foreach_mul_(gradients, factor.to(device) if isinstance(factor, Tensor) else factor)
 
 
 def forget_compiled(model: nn.Module) -> None:

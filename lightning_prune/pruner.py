@@ -57,7 +57,7 @@ from lightning_prune.errors import IncompatibleCheckpoint, NoEvent, NonFiniteSco
 from lightning_prune.graph.groups import ChannelGraph
 from lightning_prune.histograms import BY_NAME, histogram
 from lightning_prune.ignore import matching
-from lightning_prune.loop import expected_steps
+from lightning_prune.loop import expected_steps, unscaled
 from lightning_prune.masks import Masks, clear_off
 from lightning_prune.optimizers import check, check_states, clear
 from lightning_prune.report import Report
@@ -262,6 +262,11 @@ class Pruner(Callback):
     @abstractmethod
     def _row(self) -> dict[str, float]:
         """What is logged: the common metrics."""
+
+    @property
+    def _gathers(self) -> bool:
+        """Whether `_gather` looks at the gradients of this step."""
+        return False
 
     def _gather(self, optimizer: Optimizer) -> None:
         """Look at whole gradients, before the optimizer step."""
@@ -503,12 +508,14 @@ class Pruner(Callback):
         """Gradients are whole and unscaled here: measure, then mask."""
         self._stepped = True
         self._catch_up(pl_module)
-        self._gather(optimizer)
         acts = self._acts("before_step")
         held = self._held(optimizer) if acts or len(trainer.optimizers) > 1 else {}
-        if acts:
-            with torch.no_grad(), self._event(trainer, pl_module):
-                self.before_step(optimizer, held)
+        if acts or self._gathers:
+            with unscaled(trainer, optimizer):
+                self._gather(optimizer)
+                if acts:
+                    with torch.no_grad(), self._event(trainer, pl_module):
+                        self.before_step(optimizer, held)
         if self._masks is not None:
             self._masks.mask_gradients(held if len(trainer.optimizers) > 1 else None)
 

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import (
     GradientAccumulationScheduler,
     StochasticWeightAveraging,
 )
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
@@ -27,6 +28,8 @@ from lightning_prune import (
     PrunedCheckpoint,
     RandomChannels,
     RigL,
+    SparseConnectivityLearning,
+    Spectral,
     TaylorActivation,
     TaylorWeight,
     Updates,
@@ -134,6 +137,36 @@ def test_precision(prune, precision):
 def test_precision_of_16_mixed(prune):
     trainer = prune(precision="16-mixed", accelerator="cuda", devices=1)
     assert trainer.precision_plugin.scaler is not None
+
+
+class Gradients(RandomChannels):
+    """Notes the gradients of each step, and changes nothing."""
+
+    def before_step(self, optimizer, held):
+        vars(self).setdefault("seen", []).append({name: p.grad.clone() for name, p in held.items()})
+
+
+@pytest.mark.parametrize("method", [Gradients, TaylorWeight, Spectral, SparseConnectivityLearning])
+def test_fused_optimizers_that_unscale_gradients_themselves_are_no_exception(tiny_net, fit, method):
+    def run(fused):
+        class Net(tiny_net):
+            def configure_optimizers(self):
+                return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9, fused=fused)
+
+        torch.manual_seed(0)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=1)  # doubles at every step
+        pruner = method(0.5, schedule=OneShot(6, unit="step"))
+        plugin = MixedPrecision("16-mixed", "cpu", scaler)
+        model = fit(pruner, model=Net(), max_epochs=2, plugins=[plugin]).lightning_module
+        assert scaler.get_scale() == 4.0 * 2**8
+        return pruner, dict(model.named_parameters())
+
+    (apart, expected), (fused, weights) = run(False), run(True)
+    assert fused.plan == apart.plan
+    for name, weight in weights.items():
+        assert torch.allclose(weight, expected[name], rtol=1e-5, atol=1e-7), name
+    for step, alone in zip(vars(fused).get("seen", []), vars(apart).get("seen", []), strict=True):
+        assert all(torch.allclose(step[name], alone[name], rtol=1e-5, atol=1e-7) for name in alone)
 
 
 def test_gradient_accumulation(prune):

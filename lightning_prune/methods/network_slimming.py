@@ -24,7 +24,6 @@ from lightning_prune.errors import UnmeetableBudget
 from lightning_prune.graph.flow import Flow
 from lightning_prune.graph.groups import Group
 from lightning_prune.graph.views import LayerView
-from lightning_prune.loop import loss_scale
 from lightning_prune.pruner import Paper, one_of
 from lightning_prune.ranking import Fits
 from lightning_prune.schedule import Iterative, OneShot
@@ -150,17 +149,10 @@ class NetworkSlimming(ChannelPruner):
     def before_step(self, optimizer: Optimizer, held: Mapping[str, nn.Parameter]) -> None:
         if not self._penalises:
             return
-        penalty = self.penalty * self._loss_scale(optimizer)
         for name, where in self._penalised.items():
             gamma = held.get(name)
             if gamma is not None and gamma.grad is not None:
-                gamma.grad.addcmul_(penalty_gradient(gamma, penalty), where)
-
-    def _loss_scale(self, optimizer: Optimizer) -> Tensor | float:
-        """What gradients are still multiplied with: fused optimizers divide by the loss scale while they step."""
-        trainer = None if self._at_event is None else self._at_event[0]
-        fused = getattr(optimizer, "_step_supports_amp_scaling", False)
-        return loss_scale(trainer) if trainer is not None and fused else 1.0
+                gamma.grad.addcmul_(penalty_gradient(gamma, self.penalty), where)
 
     @override
     def scores(self, views: Mapping[str, list[LayerView]]) -> dict[str, Tensor]:
