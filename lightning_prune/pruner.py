@@ -325,16 +325,24 @@ class Pruner(Callback):
         Raises:
             RuntimeError: if a fused optimizer unscales its gradients itself, which it cannot without any.
         """
-        trainer = None if self._at_event is None else self._at_event[0]
-        scaler = None if trainer is None else getattr(trainer.precision_plugin, "scaler", None)
+        if self._at_event is not None and self._at_event[0] is not None:
+            self._refuse_unscaling(self._at_event[0], optimizer)
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
+    @property
+    def _skips(self) -> bool:
+        """Whether this method will call `skip_step`, which is refused at the start then rather than at an event."""
+        return False
+
+    def _refuse_unscaling(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
             raise RuntimeError(
                 f"{type(self).__name__} leaves out optimizer steps, which a fused {type(optimizer).__name__} under "
                 "16-mixed precision cannot; give the optimizer fused=False"
             )
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = None
 
     def snapshot(self) -> dict[str, Any]:
         """Copies, on the CPU, of the module's parameters and buffers, of optimizers, schedulers and random states."""
@@ -677,6 +685,8 @@ class Pruner(Callback):
         with self._event(trainer, model):
             self._prepare(model)
         check(trainer.optimizers, self._changing(model))
+        for optimizer in trainer.optimizers if self._skips else ():
+            self._refuse_unscaling(trainer, optimizer)
         with torch.no_grad(), self._event(trainer, model):
             if resumed:
                 self.load_own_state((self._restored or {}).get("own", {}))

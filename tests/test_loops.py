@@ -132,9 +132,15 @@ def test_precision(prune, precision):
     assert {p.dtype for p in trainer.lightning_module.parameters()} == {PRECISIONS[precision]}
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU scales gradients")
 def test_precision_of_16_mixed(prune):
+    scaler = torch.amp.GradScaler("cpu", growth_interval=3)
+    prune(plugins=[MixedPrecision("16-mixed", "cpu", scaler)])  # as precision="16-mixed" is on a GPU
+    assert scaler.get_scale() > 2.0**16
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_precision_of_16_mixed_on_a_gpu(prune):
     trainer = prune(precision="16-mixed", accelerator="cuda", devices=1)
     assert trainer.precision_plugin.scaler is not None
 

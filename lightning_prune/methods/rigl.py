@@ -163,6 +163,11 @@ class RigL(WeightPruner):
         self.initialise()
         self._spent, self._revised_at = float(state["spent"]), int(state["revised_at"])
 
+    @property
+    @override
+    def _skips(self) -> bool:
+        return self.grow == "gradient" and len(self._events) > 1
+
     @override
     def before_step(self, optimizer: Optimizer, held: Mapping[str, nn.Parameter]) -> None:
         """Read dense gradients where an update follows, which takes the place of this step.

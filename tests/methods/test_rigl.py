@@ -553,6 +553,27 @@ def test_a_scaler_that_looks_for_its_scale_is_waited_for_without_a_word(fit):
     assert watch.counts == [291] * 16
 
 
+@pytest.mark.parametrize("grow", ["gradient", "random", "none"])
+def test_fused_optimizers_under_a_scaler_are_refused_at_the_start_where_steps_are_left_out(fit, tiny_net, grow):
+    class Net(tiny_net):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.01, fused=True)
+
+    pruner = RigL(0.2, grow=grow, schedule=EVERY_4 if grow != "none" else None)
+    settings = {"model": Net(), "max_epochs": 4}
+    plugins = [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))]
+    if grow != "gradient":
+        fit(pruner, plugins=plugins, **settings)
+        assert pruner.events_done == len(pruner.events)
+        return
+    before = copy.deepcopy(settings["model"].state_dict())
+    with pytest.raises(RuntimeError, match=r"RigL leaves out .* a fused SGD under 16-mixed .* give .* fused=False"):
+        fit(pruner, plugins=plugins, **settings)
+    assert pruner.steps == 0
+    assert all(torch.equal(value, before[name]) for name, value in settings["model"].state_dict().items())
+    fit(RigL(0.2, schedule=EVERY_4), **settings)  # without a scaler
+
+
 def test_weights_that_are_not_finite_are_named_at_an_update(fit):
     class Breaks(Callback):
         def on_train_batch_end(self, trainer, model, outputs, batch, batch_idx):
