@@ -119,6 +119,7 @@ def broadcast(t: Tracer, name: str, tensors: Sequence[Tensor], ndim: int) -> lis
     "pointwise", "where", "masked_fill", "lerp", "addcmul", "addcdiv", "native_dropout", "rsub", "dropout",
     "hardswish", "hardsigmoid", "hardtanh", "relu6", "prelu", "_prelu_kernel", "celu", "mish", "log_sigmoid_forward",
     "threshold", "rrelu_with_noise", "feature_dropout", "alpha_dropout", "selu", "softplus", "elu",
+    "leaky_relu", "ldexp",
 )  # fmt: skip
 def _pointwise(t: Tracer, name: str, out: Any, *args: Any, **kwargs: Any) -> None:
     outs = _outputs(out)

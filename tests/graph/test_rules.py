@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lightning_prune.graph.rules import RULES
 from lightning_prune.surgery import trace
 
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -395,6 +396,11 @@ def test_a_group_norm_with_a_channel_a_group_is_frozen_by_its_module(net):
     graph = trace(model, IMAGES)
     assert graph.groups == ()
     assert "one channel a group" in graph.frozen["a"]
+
+
+@pytest.mark.parametrize("name", ["leaky_relu", "hardtanh", "hardsigmoid", "elu", "celu", "selu", "ldexp"])
+def test_activations_that_torch_2_10_does_not_tag_as_pointwise_have_a_rule_of_their_own(name):
+    assert RULES[name] is RULES["pointwise"]
 
 
 def test_an_operator_without_a_rule_freezes_what_it_touches_and_says_which_and_where(net):
