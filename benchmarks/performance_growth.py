@@ -219,10 +219,9 @@ def _line(
     size = 4 if family in ("resnet", "densenet") else 2
     shown = f"{most:.3f} s" if of == "seconds" else f"{most / 1e6:.0f} MB"
     over = "" if of == "seconds" or family == "encoder on meta" else f"{most / (size * largest):.2f}"
-    goal = "exponent at most 1, of either"
-    met = "yes" if min(median(slopes), by_layers) <= 1.02 else "within the spread" if slopes[0] <= 1 else "no"
+    goal, is_met = "exponent at most 1, of either", round(min(median(slopes), by_layers), 2) <= 1
     if operation == "held":
-        goal, met = "twice the parameters at 1e9", "yes" if float(over or 0) <= 2 else "no"
+        goal, is_met = "twice the parameters at 1e9", float(over or 0) <= 2
     return {
         "family": family,
         "operation": operation,
@@ -235,7 +234,7 @@ def _line(
         "the largest": shown,
         "in parameters": over,
         "goal": goal,
-        "met": met,
+        "met": "yes" if is_met else "no",
     }
 
 

@@ -327,7 +327,7 @@ def table(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if row["variant"] == "masks" and peers:
             fastest = min(peers, key=lambda peer: peer["over plain"])
             slower = "slower than" if row["from"] > fastest["to"] else "not to be told from"
-            met += "" if row["over plain"] < fastest["over plain"] else f", {slower} {fastest['variant']}"
+            met = met if row["over plain"] < fastest["over plain"] else f"no: {slower} {fastest['variant']}"
         shown.append(
             {
                 "network": f"{row['model']}, batch {row['batch']}",

@@ -214,7 +214,13 @@ def load_pruned(cls: type[_M], path: str | Path, *, map_location: Any = None, **
     Raises:
         IncompatibleCheckpoint: if the checkpoint is of another architecture, or its end is missing.
         FileNotFoundError: if there is none.
+        TypeError: if ``cls`` is no class.
     """
+    if not isinstance(cls, type):
+        raise TypeError(
+            f"load_pruned takes the module's class first, then the path, got {type(cls).__name__}: "
+            "load_pruned(MyModule, 'best.ckpt')"
+        )
     with naming(path), _refusing(path, cls):
         undrawn = _Undrawn()
         try:

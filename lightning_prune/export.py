@@ -351,7 +351,12 @@ def _program(model: nn.Module, inputs: Any, dynamic_batch: bool) -> Any:
 
 @contextmanager
 def _portable() -> Iterator[None]:
-    """Without gradients, and without the fused attention that only torch has."""
+    """Without gradients, without the fused attention that only torch has, and without hooks that stay behind.
+
+    Where torch 2.10 cannot export, it leaves a hook on all modules of the process.
+    """
+    every = [hooks for name, hooks in vars(nn.modules.module).items() if name.endswith("_registration_hooks")]
+    before = [set(hooks) for hooks in every]
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -359,6 +364,9 @@ def _portable() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+        for hooks, keys in zip(every, before, strict=True):
+            for key in hooks.keys() - keys:
+                del hooks[key]
 
 
 def _first(error: Exception) -> str:

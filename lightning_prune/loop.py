@@ -69,7 +69,7 @@ def loss_scale(trainer: pl.Trainer) -> Tensor | float:
 def unscaled(trainer: pl.Trainer, optimizer: Optimizer) -> Iterator[None]:
     """Divide gradients by the loss scale inside, where a fused optimizer does so only while it steps (16-mixed).
 
-    Exact but for gradients below 1e-33, as a scaler's scales are powers of two.
+    Gradients are the same afterwards, to the bit where the scale is a power of two, as a scaler's is by default.
     """
     fused = getattr(optimizer, "_step_supports_amp_scaling", False)
     scale = loss_scale(trainer) if fused else 1.0

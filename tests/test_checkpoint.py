@@ -54,6 +54,11 @@ def test_load_pruned_gives_the_module_with_its_shapes_weights_and_class(saved, t
     assert count(loaded, X) == count(model, X)
 
 
+def test_load_pruned_says_what_comes_first(tiny_net, tmp_path):
+    with pytest.raises(TypeError, match=r"the module's class first, then the path, got str: load_pruned\(MyModule"):
+        load_pruned(str(tmp_path / "best.ckpt"), tiny_net())
+
+
 def test_load_pruned_takes_arguments_and_hyper_parameters(fit, save_each, tiny_net, tmp_path):
     trainer = fit([L1Filter(0.5, schedule=AT_3), save_each()], model=tiny_net(width=4))
     loaded = load_pruned(tiny_net, tmp_path / "epoch=1.ckpt", map_location="cpu", optimizer="adam")

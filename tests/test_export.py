@@ -259,6 +259,19 @@ def test_control_flow_on_data_is_an_error_that_says_what_torch_said(net, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+def test_an_export_that_fails_leaves_no_hook_behind(net, tmp_path, monkeypatch):
+    def leaves(*args, **kwargs):  # as torch 2.10 does
+        nn.modules.module.register_module_buffer_registration_hook(lambda *_: None)
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(torch.export, "export", leaves)
+    hooks = nn.modules.module._global_buffer_registration_hooks
+    before = dict(hooks)
+    with pytest.raises(TraceError, match="torch cannot export Net: RuntimeError: no"):
+        export_model(net(lambda n, x: n.fc(x), fc=nn.Linear(3, 2)), torch.randn(2, 3), tmp_path / "out")
+    assert dict(hooks) == before
+
+
 def two_rows(n, x):
     return n.fc(x.reshape(2, -1)[:, :3])
 
